@@ -1,0 +1,304 @@
+# Copyright 2026 The CrossViT for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""CrossViT model configuration"""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.backbone_utils import BackboneConfigMixin
+from transformers.configuration_utils import PreTrainedConfig
+
+
+IntSequence = tuple[int, ...] | list[int]
+FloatSequence = tuple[float | int, ...] | list[float | int]
+
+# What users of other vision models may try to set, and what to set here instead.
+DERIVED_ATTRIBUTES = {
+    "hidden_size": "embed_dim",
+    "num_hidden_layers": "depth",
+    "num_branches": "embed_dim",
+    "num_hidden_states": "depth",
+    "stage_names": "depth",
+    "image_sizes": "image_size",
+}
+
+# The fields that hold tuples
+SEQUENCES = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
+
+# `multi_conv` is defined for these patch sizes alone (models/crossvit.py of the authors' code, class PatchEmbed).
+MULTI_CONV_PATCH_SIZES = (12, 16)
+
+# The files of a checkpoint that carries its code, by the Auto class that loads them.
+AUTO_MAP = {
+    "AutoConfig": "configuration_crossvit.CrossViTConfig",
+    "AutoModel": "modeling_crossvit.CrossViTModel",
+    "AutoModelForImageClassification": "modeling_crossvit.CrossViTForImageClassification",
+    "AutoBackbone": "modeling_crossvit.CrossViTBackbone",
+}
+
+
+def to_tuple(value: Any) -> Any:
+    """Lists, which is what JSON makes of tuples, become tuples again, nested ones too."""
+    return tuple(to_tuple(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+@strict
+class CrossViTConfig(BackboneConfigMixin, PreTrainedConfig):
+    r"""
+    Configuration of a CrossViT model ([CrossViT: Cross-Attention Multi-Scale Vision Transformer for Image
+    Classification](https://huggingface.co/papers/2103.14899)). The defaults are those of `crossvit_15`.
+
+    CrossViT runs several *branches* side by side, each a ViT with its own patch size, width and image size, the branch
+    of the smallest patches first. Every *stage* ends by letting the class token of each branch attend to the patches
+    of the next one (*fusion*). Where an argument has an entry per branch, its order is that of the branches.
+
+    Args:
+        image_size (`int` or `tuple`, *optional*, defaults to `(240, 224)`):
+            Native size of each branch in pixels: an `int` (square) or `(height, width)` per branch, or one `int` for
+            all of them. A branch resizes an input of another size to its own (bicubic, not antialiased). What is left
+            of a side after whole patches is not seen, as in ViT.
+        patch_size (`tuple[int, ...]`, *optional*, defaults to `(12, 16)`):
+            Side of the square patches of each branch, in pixels.
+        num_channels (`int`, *optional*, defaults to 3):
+            Channels of the input image.
+        embed_dim (`tuple[int, ...]`, *optional*, defaults to `(192, 384)`):
+            Width of the tokens of each branch. Its length is the number of branches, two or more.
+        depth (`tuple[tuple[int, ...], ...]`, *optional*, defaults to `((1, 5, 0), (1, 5, 0), (1, 5, 0))`):
+            Per stage, the number of Transformer layers of each branch followed by the number of cross-attention layers
+            of each fusion, where 0 and 1 both mean one (the checkpoints of the reference say 0). A branch with 0
+            layers in a stage passes its tokens on.
+        num_heads (`tuple[int, ...]`, *optional*, defaults to `(6, 6)`):
+            Attention heads of each branch. A fusion has the heads of the branch whose patches it reads.
+        mlp_ratio (`tuple[float, ...]`, *optional*, defaults to `(3.0, 3.0, 1.0)`):
+            Width of the MLP of each branch over its `embed_dim`. A further entry is kept and not used: the fusions of
+            the reference have no MLP, its configurations carry the number nevertheless.
+        qkv_bias (`bool`, *optional*, defaults to `True`):
+            Whether queries, keys and values have a bias.
+        multi_conv (`bool`, *optional*, defaults to `False`):
+            Whether three convolutions embed the patches instead of one (the "dagger" variants). Defined for patch
+            sizes 12 and 16 and image sizes that are whole multiples of them.
+        hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            Activation function of the MLPs and of the projections of the class tokens.
+        hidden_dropout_prob (`float`, *optional*, defaults to 0.0):
+            Dropout after the position embeddings, the attention projections and both layers of the MLPs.
+        attention_probs_dropout_prob (`float`, *optional*, defaults to 0.0):
+            Dropout of the attention weights.
+        drop_path_rate (`float`, *optional*, defaults to 0.0):
+            Stochastic depth of the last layer; the rate rises linearly from 0 at the first. The paper trains with 0.1.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the truncated normal that initializes linear layers, class tokens and position
+            embeddings. Convolutions keep PyTorch's default initialization, as in the reference.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-6):
+            Epsilon of the layer normalizations.
+        out_features (`list[str]`, *optional*):
+            For [`CrossViTBackbone`]: which of `stage_names` to output, in that order. Defaults to the last one. The
+            names are `stem_0, stem_1, stage1_0, stage1_1, ...`: the stage, then the branch.
+        out_indices (`list[int]`, *optional*):
+            The same by position in `stage_names`.
+
+    `img_size`, `num_classes` and `num_attention_heads` are other names of `image_size`, `num_labels` and `num_heads`.
+
+    Raises:
+        `ValueError`: for lengths, sizes or rates that make no model, when the configuration is built; for values that
+            are assigned later, when a model is built from it.
+        `huggingface_hub.errors.StrictDataclassError`: for a value of a wrong type.
+
+    Example:
+
+    ```python
+    >>> from crossvit import CrossViTConfig, CrossViTModel
+
+    >>> # A crossvit_15 style configuration, and a model with random weights from it
+    >>> configuration = CrossViTConfig()
+    >>> model = CrossViTModel(configuration)
+    >>> configuration = model.config
+    ```"""
+
+    model_type = "crossvit"
+    attribute_map = {"img_size": "image_size", "num_classes": "num_labels", "num_attention_heads": "num_heads"}
+    keys_to_ignore_at_inference = ["branch_logits", "hidden_states", "attentions", "cross_attentions"]
+    base_model_fsdp_plan = {
+        "embeddings.*": "free_full_weight",
+        "stages.*.branches.*.layers.*": "free_full_weight",
+        "stages.*.fusions.*": "free_full_weight",
+        "layernorms.*": "keep_full_weight",
+    }
+
+    image_size: int | tuple[int | IntSequence, ...] | list[int | IntSequence] = (240, 224)
+    patch_size: IntSequence = (12, 16)
+    num_channels: int = 3
+    embed_dim: IntSequence = (192, 384)
+    depth: tuple[IntSequence, ...] | list[IntSequence] = ((1, 5, 0), (1, 5, 0), (1, 5, 0))
+    num_heads: IntSequence = (6, 6)
+    mlp_ratio: FloatSequence = (3.0, 3.0, 1.0)
+    qkv_bias: bool = True
+    multi_conv: bool = False
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    drop_path_rate: float | int = 0.0
+    initializer_range: float | int = 0.02
+    layer_norm_eps: float | int = 1e-6
+
+    def __post_init__(self, **kwargs):
+        # The fields hold their defaults by now, other names for them are still waiting in `kwargs`.
+        for alias, name in self.attribute_map.items():
+            if alias in kwargs:
+                value = kwargs.pop(alias)
+                if name == "num_labels":
+                    kwargs[name] = value
+                else:
+                    setattr(self, name, value)
+        self.validate_architecture()
+        self.set_output_features_output_indices(
+            out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
+        )
+        super().__post_init__(**kwargs)
+
+    def __setattr__(self, name: str, value: Any):
+        if name in self.attribute_map:
+            # Once more by the real name, so that the type is checked
+            return setattr(self, self.attribute_map[name], value)
+        if name in DERIVED_ATTRIBUTES:
+            raise NotImplementedError(
+                f"`{name}` of CrossViT follows from `{DERIVED_ATTRIBUTES[name]}` and cannot be set to {value!r}: set"
+                f" `{DERIVED_ATTRIBUTES[name]}` instead."
+            )
+        if name not in SEQUENCES:
+            return super().__setattr__(name, value)
+        # A default feature map is the last one, which may be another one afterwards
+        has_default_features = "_out_features" in self.__dict__ and self._out_features == self.stage_names[-1:]
+        super().__setattr__(name, to_tuple(value))
+        if has_default_features and self.stage_names:
+            self.set_output_features_output_indices(None, None)
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation: the values must fit each other and make a model."""
+        branches = self.num_branches
+        if branches < 2:
+            raise ValueError(
+                f"CrossViT needs two or more branches, got embed_dim={self.embed_dim}: one width per branch."
+            )
+        for name in ("patch_size", "num_heads"):
+            if len(getattr(self, name)) != branches:
+                raise ValueError(
+                    f"`{name}` must have an entry for each of the {branches} branches (the length of `embed_dim`), got"
+                    f" {getattr(self, name)}."
+                )
+        if len(self.mlp_ratio) not in (branches, branches + 1):
+            raise ValueError(
+                f"`mlp_ratio` must have an entry for each of the {branches} branches (the length of `embed_dim`) and"
+                f" may have one more, got {self.mlp_ratio}."
+            )
+        if not isinstance(self.image_size, int) and (
+            len(self.image_size) != branches
+            or any(not isinstance(size, int) and len(size) != 2 for size in self.image_size)
+        ):
+            raise ValueError(
+                f"`image_size` must be one int, or an int or (height, width) for each of the {branches} branches, got"
+                f" {self.image_size}."
+            )
+        for name in ("embed_dim", "num_heads", "patch_size", "mlp_ratio"):
+            if not all(value > 0 for value in getattr(self, name)):
+                raise ValueError(f"`{name}` must be positive in each branch, got {getattr(self, name)}.")
+        if not all(side > 0 for size in self.image_sizes for side in size):
+            raise ValueError(f"`image_size` must be positive in each branch, got {self.image_size}.")
+        if self.num_channels <= 0:
+            raise ValueError(f"`num_channels` must be positive, got {self.num_channels}.")
+
+        if len(self.depth) == 0:
+            raise ValueError(f"`depth` must have at least one stage, such as (1, 5, 0), got {self.depth}.")
+        for stage in self.depth:
+            if len(stage) != branches + 1 or min(stage) < 0:
+                raise ValueError(
+                    f"Each stage of `depth` must have the layers of each of the {branches} branches and then the"
+                    f" cross-attention layers, none negative, such as {(1,) * branches + (0,)}; got {stage} in"
+                    f" {self.depth}."
+                )
+
+        for branch, (width, heads) in enumerate(zip(self.embed_dim, self.num_heads)):
+            if width % heads:
+                raise ValueError(
+                    f"`embed_dim` must be a multiple of `num_heads` in each branch, got {width} and {heads} in branch"
+                    f" {branch}: with that width the heads can be"
+                    f" {', '.join(str(number) for number in range(1, width + 1) if width % number == 0)}."
+                )
+        for branch, (size, patch) in enumerate(zip(self.image_sizes, self.patch_size)):
+            if min(size) < patch:
+                raise ValueError(
+                    f"`patch_size` must not be larger than `image_size`, got patches of {patch} pixels and an image of"
+                    f" {size[0]}x{size[1]} in branch {branch}."
+                )
+            if self.multi_conv and patch not in MULTI_CONV_PATCH_SIZES:
+                raise ValueError(
+                    f"`multi_conv` is defined for patch sizes {MULTI_CONV_PATCH_SIZES} alone, got {patch} in branch"
+                    f" {branch}: use one of them or `multi_conv=False`."
+                )
+            if self.multi_conv and (size[0] % patch or size[1] % patch):
+                raise ValueError(
+                    f"`multi_conv` needs images of whole patches, got patches of {patch} pixels and an image of"
+                    f" {size[0]}x{size[1]} in branch {branch}: round it to multiples of {patch}."
+                )
+
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 0 and below 1, got {getattr(self, name)}.")
+        for name in ("initializer_range", "layer_norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+
+    @property
+    def num_branches(self) -> int:
+        """`int`: the number of branches."""
+        return len(self.embed_dim)
+
+    @property
+    def image_sizes(self) -> tuple[tuple[int, int], ...]:
+        """`tuple[tuple[int, int], ...]`: `image_size` spelled out, the native (height, width) of each branch."""
+        sizes = (self.image_size,) * self.num_branches if isinstance(self.image_size, int) else self.image_size
+        return tuple((size, size) if isinstance(size, int) else (size[0], size[1]) for size in sizes)
+
+    @property
+    def hidden_size(self) -> int:
+        """`int`: the width of `last_hidden_state`, the tokens of the last branch."""
+        return self.embed_dim[-1]
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """`int`: the number of stages."""
+        return len(self.depth)
+
+    @property
+    def stage_names(self) -> list[str]:
+        """`list[str]`: the names of the hidden states in their order: stage, then branch."""
+        stages = ["stem"] + [f"stage{stage}" for stage in range(1, self.num_hidden_layers + 1)]
+        return [f"{stage}_{branch}" for stage in stages for branch in range(self.num_branches)]
+
+    @property
+    def num_hidden_states(self) -> int:
+        """`int`: the number of hidden states that a model returns, one per stage (the stem included) and branch."""
+        return len(self.stage_names)
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        # The default depends on `depth`: written down it would contradict a depth that is changed at loading.
+        if output["out_features"] == self.stage_names[-1:]:
+            del output["out_features"], output["out_indices"]
+        # Transformers records the class that was saved; its file holds the other ones too.
+        if any(reference.startswith("modeling_crossvit.") for reference in output.get("auto_map", {}).values()):
+            output["auto_map"] = {**AUTO_MAP, **output["auto_map"]}
+        return output
+
+
+__all__ = ["CrossViTConfig"]

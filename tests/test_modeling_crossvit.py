@@ -1,0 +1,467 @@
+import copy
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from timm_reference import perturb
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.output_capturing import OutputRecorder
+
+from crossvit import CrossViTBackbone, CrossViTConfig, CrossViTForImageClassification, CrossViTModel
+
+
+@pytest.fixture
+def model(small_config) -> CrossViTForImageClassification:
+    return perturb(CrossViTForImageClassification(small_config)).eval()
+
+
+@pytest.fixture
+def pixel_values() -> torch.Tensor:
+    return torch.randn(3, 3, 36, 36)
+
+
+# Outputs
+
+
+@torch.no_grad()
+def test_outputs_are_those_of_the_documentation(model, pixel_values):
+    model.set_attn_implementation("eager")
+    outputs = model(pixel_values, output_hidden_states=True, output_attentions=True)
+    patches, widths, heads = (36, 16), (24, 32), (2, 4)
+
+    assert outputs.logits.shape == (3, 5)
+    torch.testing.assert_close(outputs.logits, outputs.branch_logits.mean(dim=1))
+    assert outputs.loss is None
+
+    shapes = [tuple(state.shape) for state in outputs.hidden_states]
+    assert shapes == [(3, 1 + patches[b], widths[b]) for _ in range(3) for b in (0, 1)]
+    # ((1, 2, 0), (2, 1, 0)): stage, branch, layer
+    shapes = [tuple(attention.shape) for attention in outputs.attentions]
+    assert shapes == [(3, heads[b], 1 + patches[b], 1 + patches[b]) for b in (0, 1, 1, 0, 0, 1)]
+    shapes = [tuple(attention.shape) for attention in outputs.cross_attentions]
+    assert shapes == [(3, heads[b], 1, 1 + patches[b]) for b in (1, 0, 1, 0)]
+    for attention in (*outputs.attentions, *outputs.cross_attentions):
+        torch.testing.assert_close(attention.sum(-1), torch.ones_like(attention[..., 0]))
+
+    base = model.crossvit(pixel_values)
+    assert base.hidden_states is None and base.attentions is None and base.cross_attentions is None
+    assert base.last_hidden_state.shape == (3, 17, 32)
+    torch.testing.assert_close(base.last_hidden_state, model.crossvit.layernorms[1](outputs.hidden_states[-1]))
+    torch.testing.assert_close(base.pooler_output[:, 24:], base.last_hidden_state[:, 0])
+    torch.testing.assert_close(
+        base.pooler_output[:, :24], model.crossvit.layernorms[0](outputs.hidden_states[-2])[:, 0]
+    )
+
+
+@torch.no_grad()
+def test_attentions_are_those_that_made_the_tokens(model, pixel_values):
+    model.set_attn_implementation("eager")
+    outputs = model(pixel_values, output_hidden_states=True, output_attentions=True)
+    # The first fusion of stage 1 by hand, from the recorded map: branch 0 visits branch 1
+    model.crossvit.stages[0].fusions[0].reverse_projection.register_forward_hook(
+        lambda module, args, output: visits.append(args[0])
+    )
+    visits, layer = [], model.crossvit.stages[0].fusions[0].layers[0]
+    layer.register_forward_hook(lambda module, args, output: visits.append(args[0]))
+    model(pixel_values)
+    visit, result = visits
+    values = layer.attention.v_proj(layer.layernorm(visit)).unflatten(2, (4, 8)).transpose(1, 2)
+    attended = (outputs.cross_attentions[0] @ values).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(result, visit[:, :1] + layer.attention.o_proj(attended))
+
+
+@torch.no_grad()
+def test_tuples_instead_of_outputs(model, pixel_values):
+    expected = model(pixel_values)
+    logits, branch_logits = model(pixel_values, return_dict=False)
+    assert torch.equal(logits, expected.logits) and torch.equal(branch_logits, expected.branch_logits)
+    model.config.return_dict = False
+    assert torch.equal(model(pixel_values)[0], expected.logits)
+    hidden_states = model.crossvit(pixel_values, output_hidden_states=True)[2]
+    assert [state.shape[1] for state in hidden_states] == [37, 17] * 3
+
+
+@torch.no_grad()
+@pytest.mark.skipif(
+    not hasattr(OutputRecorder, "num_hidden_layers_key"), reason="this transformers cannot select hidden states"
+)
+def test_selected_hidden_states(model, pixel_values):
+    every = model(pixel_values, output_hidden_states=True).hidden_states
+    some = model(pixel_values, output_hidden_states=[1, -2]).hidden_states
+    assert [index for index, state in enumerate(some) if state is not None] == [1, 4]
+    assert torch.equal(some[1], every[1]) and torch.equal(some[4], every[4])
+
+
+# Resolution
+
+
+@torch.no_grad()
+def test_interpolated_positions_change_nothing_at_the_native_size(model, pixel_values):
+    assert torch.equal(model(pixel_values).logits, model(pixel_values, interpolate_pos_encoding=True).logits)
+    config = CrossViTConfig(
+        image_size=(40, 30), patch_size=(12, 16), embed_dim=(24, 32), num_heads=(2, 4), depth=((1, 1, 0),)
+    )
+    model = CrossViTModel(config).eval()  # not whole patches: as ViT, it leaves out the rest
+    pixel_values = torch.randn(1, 3, 40, 40)
+    outputs = model(pixel_values, output_hidden_states=True)
+    assert [tokens.shape[1] for tokens in outputs.hidden_states] == [10, 2, 10, 2]
+    interpolated = model(pixel_values, interpolate_pos_encoding=True)
+    assert torch.equal(interpolated.last_hidden_state, outputs.last_hidden_state)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "size, grids",
+    [
+        ((36, 72), ((6, 12), (4, 8))),
+        ((72, 36), ((12, 6), (8, 4))),
+        ((54, 18), ((9, 3), (6, 2))),
+        ((37, 50), ((6, 8), (4, 6))),  # 37 * 32 / 36 / 8 = 4.1, 50 / 6 = 8.3, 50 * 32 / 36 / 8 = 5.6
+        ((1, 1), ((1, 1), (1, 1))),
+        ((3, 200), ((1, 33), (1, 22))),  # half a patch counts as one
+    ],
+)
+def test_interpolated_positions_keep_the_resolution(model, size, grids):
+    outputs = model(torch.randn(2, 3, *size), interpolate_pos_encoding=True, output_hidden_states=True)
+    assert [tokens.shape[1] - 1 for tokens in outputs.hidden_states] == [
+        rows * columns for _ in range(3) for rows, columns in grids
+    ]
+    assert outputs.logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_interpolation_keeps_rows_rows_and_the_class_position(small_config):
+    small_config.image_size = ((36, 72), (32, 64))
+    embeddings = CrossViTModel(small_config).embeddings[0]
+    rows = torch.arange(6.0).repeat_interleave(12)
+    embeddings.position_embeddings[0, 1:] = rows[:, None]
+    positions = embeddings.interpolate_pos_encoding((12, 5))
+    assert torch.equal(positions[:, :1], embeddings.position_embeddings[:, :1])
+    grid = positions[0, 1:, 0].unflatten(0, (12, 5))
+    torch.testing.assert_close(grid, grid[:, :1].expand(12, 5))  # along a row nothing changes
+    assert (grid[1:, 0] > grid[:-1, 0]).all()
+    # Between the borders a linear function stays one, up to the 0.047 by which PyTorch's cubic (a = -0.75) bends it
+    torch.testing.assert_close(grid[4:8, 0], (torch.arange(4.0, 8.0) + 0.5) / 2 - 0.5, atol=0.05, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("image_size", [(72, 64), ((36, 72), (32, 64)), ((54, 30), 48), 96])
+def test_resized_model_saves_and_loads(model, image_size, tmp_path):
+    config = copy.deepcopy(model.config)
+    config.image_size = image_size
+    pixel_values = torch.randn(2, 3, *config.image_sizes[0])
+    before = copy.deepcopy(model)
+    model.resize_position_embeddings(image_size)
+    assert model.config.image_size == model.crossvit.config.image_size == image_size
+    outputs = model(pixel_values)
+
+    if image_size in ((72, 64), ((36, 72), (32, 64))):  # where each branch keeps its ratio both ways are one
+        interpolated = before(pixel_values, interpolate_pos_encoding=True)
+        torch.testing.assert_close(outputs.logits, interpolated.logits)
+    assert not torch.allclose(outputs.logits, before(pixel_values).logits)
+
+    model.save_pretrained(tmp_path)
+    reloaded = CrossViTForImageClassification.from_pretrained(tmp_path)
+    assert reloaded.config.image_sizes == config.image_sizes
+    assert torch.equal(reloaded(pixel_values).logits, outputs.logits)
+    reloaded.resize_position_embeddings((36, 32))
+    assert reloaded.crossvit.embeddings[0].position_embeddings.shape == (1, 37, 24)
+    assert reloaded.crossvit.embeddings[0].position_embeddings.requires_grad
+
+
+@pytest.mark.parametrize("image_size", [(36,), (4, 32), (36, "32"), ((36, 36, 3), 32)])
+def test_impossible_resizing_changes_nothing(model, image_size):
+    with pytest.raises((ValueError, StrictDataclassError), match=r"image_size"):
+        model.resize_position_embeddings(image_size)
+    assert model.config.image_size == (36, 32)
+    assert [tuple(positions.shape) for positions in model.get_position_embeddings()] == [(1, 37, 24), (1, 17, 32)]
+
+
+# Input
+
+
+@pytest.mark.parametrize(
+    "pixel_values, message",
+    [
+        (None, r"torch.Tensor, got NoneType"),
+        ([[0.0]], r"torch.Tensor, got list"),
+        (torch.rand(3, 36, 36), r"got \(3, 36, 36\)"),
+        (torch.rand(0, 3, 36, 36), r"got \(0, 3, 36, 36\)"),
+        (torch.rand(1, 3, 0, 36), r"got \(1, 3, 0, 36\)"),
+        (torch.rand(2, 1, 36, 36), r"3 channels.*got 1.*\(2, 1, 36, 36\)"),
+        (torch.zeros(2, 3, 36, 36, dtype=torch.uint8), r"floating point, got torch.uint8"),
+    ],
+)
+def test_what_is_no_batch_of_images_is_named(model, pixel_values, message):
+    backbone = CrossViTBackbone(model.config)
+    for entrance in (model, model.crossvit, backbone):
+        with pytest.raises(ValueError, match=f"{message}.*image processor"):
+            entrance(pixel_values)
+
+
+# Attention, precision, compilers
+
+
+@torch.no_grad()
+def test_attention_goes_through_the_interface(model, pixel_values):
+    expected = model(pixel_values).logits
+    calls = []
+
+    def attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs):
+        calls.append((query.shape[2], key.shape[2], module.is_causal))
+        scores = torch.einsum("bhqd,bhkd->bhqk", query, key) * scaling
+        return torch.einsum("bhqk,bhkd->bqhd", scores.softmax(-1), value), None
+
+    ALL_ATTENTION_FUNCTIONS.register("by_einsum", attention)
+    model.set_attn_implementation("by_einsum")
+    torch.testing.assert_close(model(pixel_values).logits, expected)
+    branches = [(37, 37), (17, 17), (17, 17), (1, 17), (1, 37), (37, 37), (37, 37), (17, 17), (1, 17), (1, 37)]
+    assert calls == [(*lengths, False) for lengths in branches]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["sdpa", "flex_attention"])
+def test_attention_implementations_agree(model, pixel_values, implementation):
+    model.set_attn_implementation("eager")
+    expected = model(pixel_values).logits
+    model.set_attn_implementation(implementation)
+    # 5e-7 was measured
+    torch.testing.assert_close(model(pixel_values).logits, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_sdpa_can_use_fused_kernels(model, pixel_values):
+    expected = model(pixel_values).logits
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # raises where no such kernel takes the call
+        torch.testing.assert_close(model(pixel_values).logits, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 5e-2), (torch.float16, 5e-3)])
+def test_half_precision_is_close(model, pixel_values, dtype, tolerance):
+    # Logits are up to 2; 1.2e-2 and 2e-3 were measured
+    expected = model(pixel_values).logits
+    half = copy.deepcopy(model).to(dtype)
+    for size in ((36, 36), (50, 30)):
+        pixel_values = torch.nn.functional.interpolate(pixel_values, size)
+        expected = model(pixel_values).logits
+        for cast in (dtype, torch.float32):  # as in ViT, the input follows the weights
+            logits = half(pixel_values.to(cast)).logits
+            assert logits.dtype == dtype
+            torch.testing.assert_close(logits.float(), expected, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"output_hidden_states": True}, {"interpolate_pos_encoding": True}])
+def test_compiles_without_a_graph_break(model, pixel_values, options):
+    torch._dynamo.reset()
+    expected = model(pixel_values, **options)  # with hidden states the hooks are installed by a first call
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(pixel_values, **options).logits, expected.logits)
+    compiled(pixel_values, labels=torch.tensor([0, 1, 2]), **options).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("interpolate_pos_encoding", [False, True])
+def test_exports_with_a_dynamic_batch(model, interpolate_pos_encoding):
+    pixel_values = torch.randn(2, 3, 54, 36)
+    exported = torch.export.export(
+        model,
+        (pixel_values,),
+        {"interpolate_pos_encoding": interpolate_pos_encoding},
+        dynamic_shapes={
+            "pixel_values": {0: torch.export.Dim("batch")},
+            "interpolate_pos_encoding": None,
+        },
+    )
+    for batch_size in (1, 2, 7):
+        pixel_values = torch.randn(batch_size, 3, 54, 36)
+        logits = exported.module()(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding).logits
+        expected = model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding).logits
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+# Training
+
+
+def enable_gradient_checkpointing(model, **kwargs):
+    # Later releases of transformers have another name for it
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(kwargs)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_keeps_gradients(small_config, pixel_values, use_reentrant):
+    small_config.drop_path_rate = 0.5  # so that recomputation must draw the same samples
+    model = perturb(CrossViTForImageClassification(small_config)).train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            enable_gradient_checkpointing(model, use_reentrant=use_reentrant)
+        model.zero_grad()
+        torch.manual_seed(1)
+        model(pixel_values, labels=torch.tensor([0, 1, 2])).loss.backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
+def test_gradient_checkpointing_recomputes_layers_and_fusions(model, pixel_values):
+    calls = []
+    for name, module in model.named_modules():
+        if name.endswith("attention"):
+            module.register_forward_pre_hook(lambda module, args, name=name: calls.append(name))
+    enable_gradient_checkpointing(model.train(), use_reentrant=False)
+    loss = model(pixel_values, labels=torch.tensor([0, 1, 2])).loss
+    forward = sorted(calls)
+    loss.backward()
+    assert sorted(calls) == sorted(forward * 2) and len(forward) == 10
+
+
+def test_inputs_require_gradients_in_every_branch(model, pixel_values):
+    model.requires_grad_(False)
+    model.enable_input_require_grads()
+    states = model.crossvit(pixel_values, output_hidden_states=True).hidden_states
+    assert all(state.requires_grad for state in states)
+    model.disable_input_require_grads()
+    assert not model(pixel_values).logits.requires_grad
+
+
+@pytest.mark.parametrize(
+    "num_labels, labels, problem_type, loss_function",
+    [
+        (5, torch.tensor([4, 0, 2]), "single_label_classification", torch.nn.functional.cross_entropy),
+        (
+            5,
+            torch.eye(5)[:3] + torch.eye(5)[1:4],
+            "multi_label_classification",
+            torch.nn.functional.binary_cross_entropy_with_logits,
+        ),
+        (
+            1,
+            torch.tensor([0.5, -1.0, 2.0]),
+            "regression",
+            lambda logits, labels: (logits[:, 0] - labels).square().mean(),
+        ),
+    ],
+)
+def test_losses(small_config, pixel_values, num_labels, labels, problem_type, loss_function):
+    small_config.num_labels = num_labels
+    model = CrossViTForImageClassification(small_config).eval()
+    outputs = model(pixel_values, labels=labels)
+    torch.testing.assert_close(outputs.loss, loss_function(outputs.logits, labels))
+    assert model.config.problem_type == problem_type
+
+
+def test_loss_is_divided_by_the_items_of_the_whole_batch(model, pixel_values):
+    labels = torch.tensor([4, 0, 2])
+    mean = model(pixel_values, labels=labels).loss
+    accumulated = model(pixel_values, labels=labels, num_items_in_batch=torch.tensor(12)).loss
+    torch.testing.assert_close(accumulated, mean * 3 / 12)
+
+
+# Weights
+
+
+def test_another_number_of_labels_renews_the_heads_and_nothing_else(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        CrossViTForImageClassification.from_pretrained(tmp_path, num_labels=9)
+    renewed, info = CrossViTForImageClassification.from_pretrained(
+        tmp_path, num_labels=9, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    assert {key[0] for key in info["mismatched_keys"]} == {
+        f"classifier.heads.{branch}.{name}" for branch in (0, 1) for name in ("weight", "bias")
+    }
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    weights = renewed.state_dict()
+    for name, weight in model.crossvit.state_dict().items():
+        assert torch.equal(weights[f"crossvit.{name}"], weight), name
+    for head in renewed.classifier.heads:
+        assert head.weight.shape[0] == 9 and (head.bias == 0).all()
+        assert head.weight.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+def test_missing_weights_are_initialized_as_at_the_start(model, tmp_path):
+    weights = {name: weight for name, weight in model.state_dict().items() if "stages.1" not in name}
+    model.save_pretrained(tmp_path, state_dict=dict(weights))
+    loaded = CrossViTForImageClassification.from_pretrained(tmp_path)
+    for name, parameter in loaded.named_parameters():
+        if "stages.1" not in name:
+            assert torch.equal(parameter, weights[name])
+        elif "layernorm" in name:
+            assert (parameter == name.endswith("weight")).all(), name
+        elif name.endswith("bias"):
+            assert (parameter == 0).all(), name
+        else:
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.2), name
+
+
+def test_device_map_splits_no_layer(model):
+    accelerate = pytest.importorskip("accelerate")
+    size = sum(parameter.numel() * 4 for parameter in model.parameters())
+    device_map = accelerate.infer_auto_device_map(
+        model,
+        max_memory={0: size // 3, 1: size // 3, "cpu": size},
+        no_split_module_classes=list(model._no_split_modules),
+    )
+    assert len(set(device_map.values())) > 1
+
+    def devices_of(prefix: str) -> set:
+        return {
+            device
+            for name, device in device_map.items()
+            if f"{name}.".startswith(f"{prefix}.") or f"{prefix}.".startswith(f"{name}.") or name == ""
+        }
+
+    for name, module in model.named_modules():
+        if type(module).__name__ in model._no_split_modules:
+            assert len(devices_of(name)) == 1, (name, device_map)
+
+
+@torch.no_grad()
+def test_offloaded_model_gives_the_same_logits(model, pixel_values, tmp_path):
+    pytest.importorskip("accelerate")
+    expected = model(pixel_values).logits
+    model.save_pretrained(tmp_path / "model")
+    device_map = {"crossvit.embeddings": "cpu", "crossvit.layernorms": "disk", "classifier": "cpu"}
+    device_map |= {
+        "crossvit.stages.0.branches": "cpu",
+        "crossvit.stages.0.fusions": "disk",
+        "crossvit.stages.1": "disk",
+    }
+    offloaded = CrossViTForImageClassification.from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    assert torch.equal(offloaded(pixel_values).logits, expected)
+
+
+# Backbone
+
+
+@torch.no_grad()
+def test_feature_maps_lie_where_the_patches_are(small_config):
+    small_config.out_features = ["stem_0", "stem_1", "stage2_0"]
+    backbone = CrossViTBackbone(small_config).eval()
+    assert (backbone.channels, backbone.out_indices) == ([24, 32, 24], [0, 1, 4])
+    # One bright pixel: without attention only the patches that hold it differ
+    dark, bright = torch.zeros(1, 3, 72, 36), torch.zeros(1, 3, 72, 36)
+    bright[..., 50, 20] = 10.0
+    maps = [backbone(image).feature_maps for image in (dark, bright)]
+    assert [tuple(map.shape) for map in maps[0]] == [(1, 24, 12, 6), (1, 32, 8, 4), (1, 24, 12, 6)]
+    difference = (maps[1][0] - maps[0][0]).abs().sum(dim=1)[0]
+    assert difference.nonzero().tolist() == [[50 // 6, 20 // 6]]
+    second = (maps[1][1] - maps[0][1]).abs().sum(dim=1)[0]
+    assert divmod(second.argmax().item(), 4) == (50 * 64 // 72 // 8, 20 * 32 // 36 // 8)
+
+    native = backbone(bright, interpolate_pos_encoding=False).feature_maps
+    assert [tuple(map.shape) for map in native] == [(1, 24, 6, 6), (1, 32, 4, 4), (1, 24, 6, 6)]
+
+
+def test_classifier_checkpoint_loads_as_a_backbone(model, pixel_values, tmp_path):
+    model.save_pretrained(tmp_path)
+    backbone = CrossViTBackbone.from_pretrained(tmp_path, out_indices=[-2, -1]).eval()
+    assert backbone.out_features == ["stage2_0", "stage2_1"]
+    states = model(pixel_values, output_hidden_states=True).hidden_states
+    for feature_map, tokens in zip(backbone(pixel_values).feature_maps, states[-2:]):
+        assert torch.equal(feature_map.flatten(2).transpose(1, 2), tokens[:, 1:])

@@ -1,0 +1,252 @@
+"""
+The same weights give the same numbers in timm, for every published variant.
+
+timm's logits equal those of the authors' code bit by bit. Ours differ from timm's by rounding: fused and unfused
+attention add up in different orders. The largest difference measured over all variants, sizes and attention
+implementations was 3.5e-6, of logits up to 3.4; 1e-5 is the promise. To see the differences:
+`python -m pytest tests/test_parity_timm.py -k logits_and -rP`.
+"""
+
+import pytest
+import timm
+import torch
+from scipy.stats import ks_2samp
+from timm.layers import DropPath
+from timm.models.crossvit import MultiScaleBlock
+from timm_reference import our_name, our_state_dict, perturb, timm_of_config, timm_variant
+
+from crossvit import CrossViTBackbone, CrossViTConfig, CrossViTForImageClassification, CrossViTModel
+from crossvit.modeling_crossvit import CrossViTDropPath
+
+
+LOGITS_TOLERANCE = 1e-5
+
+
+def model_of_variant(variant: dict, **kwargs) -> CrossViTForImageClassification:
+    config = CrossViTConfig(**variant["config"], num_labels=1000, **kwargs)
+    return CrossViTForImageClassification(config).eval()
+
+
+def with_weights_of(config: CrossViTConfig, reference: torch.nn.Module) -> CrossViTForImageClassification:
+    model = CrossViTForImageClassification(config).eval()
+    model.load_state_dict(our_state_dict(reference))
+    return model
+
+
+@torch.no_grad()
+def test_logits_and_stage_tokens_equal_timm(variant):
+    reference = timm_variant(variant)
+    model = model_of_variant(variant)
+    model.load_state_dict(our_state_dict(reference))
+
+    stages = []
+    for block in reference.blocks:
+        block.register_forward_hook(lambda block, args, outputs: stages.append(outputs))
+
+    largest_difference = 0.0
+    native = variant["preprocessing"]["input"]
+    sizes = ((native, native), (224, 224), (256, 128), (64, 64))
+    for batch_size, (height, width) in zip((2, 1, 1, 1), sizes):
+        pixel_values = torch.randn(batch_size, 3, height, width)
+        stages.clear()
+        expected = reference(pixel_values)
+        for attn_implementation in ("eager", "sdpa"):
+            model.set_attn_implementation(attn_implementation)
+            outputs = model(pixel_values, output_hidden_states=True)
+            difference = (outputs.logits - expected).abs().max().item()
+            assert difference <= LOGITS_TOLERANCE, (attn_implementation, height, width)
+            largest_difference = max(largest_difference, difference)
+
+            tokens = [branch for stage in (reference._embed(pixel_values), *stages) for branch in stage]
+            assert len(outputs.hidden_states) == len(tokens) == len(model.config.stage_names)
+            for hidden_states, expected_tokens in zip(outputs.hidden_states, tokens):
+                # Tokens are up to 40 in size, where float32 resolves 4e-6: 4e-5 were measured
+                torch.testing.assert_close(hidden_states, expected_tokens, atol=1e-4, rtol=1e-5)
+    print(f"{variant['name']}: {largest_difference:.1e}")
+
+
+def test_parameters_and_names_are_those_of_the_variant(variant):
+    with torch.device("meta"):
+        model = CrossViTForImageClassification(CrossViTConfig(**variant["config"], num_labels=1000))
+    assert sum(parameter.numel() for parameter in model.parameters()) == variant["parameters"]
+    assert len(model.state_dict()) == variant["tensors"]
+
+
+def test_default_config_is_crossvit_15(variant):
+    config = CrossViTConfig(**variant["config"])
+    assert (config.to_dict() == CrossViTConfig().to_dict()) == (variant["name"] == "crossvit_15")
+
+
+@pytest.mark.parametrize("name", ["crossvit_tiny_240", "crossvit_9_dagger_240"])
+def test_gradients_in_train_mode_equal_timm(name):
+    reference = perturb(timm.create_model(name, num_classes=7)).train()
+    config = CrossViTConfig(
+        embed_dim=reference.embed_dim,
+        depth=((1, 4, 0),) * 3 if "tiny" in name else ((1, 3, 0),) * 3,
+        num_heads=(3, 3) if "tiny" in name else (4, 4),
+        mlp_ratio=(4, 4, 1) if "tiny" in name else (3, 3, 1),
+        multi_conv="dagger" in name,
+        num_labels=7,
+    )
+    model = with_weights_of(config, reference).train()
+
+    pixel_values, labels = torch.randn(3, 3, 240, 240), torch.tensor([0, 3, 6])
+    expected_logits = reference(pixel_values)
+    torch.nn.functional.cross_entropy(expected_logits, labels).backward()
+    outputs = model(pixel_values, labels=labels)
+    outputs.loss.backward()
+
+    torch.testing.assert_close(outputs.logits, expected_logits, atol=LOGITS_TOLERANCE, rtol=0)
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for name, parameter in reference.named_parameters():
+        gradient = gradients.pop(our_name(name))
+        # Relative to the largest entry of each tensor: 3e-6 was measured. Exact zeros of timm's: the biases of keys,
+        # which the softmax cancels, are pure rounding in both.
+        scale = max(parameter.grad.abs().max().item(), 1e-3)
+        assert (gradient - parameter.grad).abs().max().item() <= 2e-5 * scale, name
+    assert not gradients
+
+
+def test_drop_path_rates_equal_timm(variant):
+    reference = timm.create_model(variant["timm_id"].removeprefix("timm/"), drop_path_rate=0.1)
+    model = model_of_variant(variant, drop_path_rate=0.1)
+
+    ours = {
+        name: module.drop_path_rate for name, module in model.named_modules() if isinstance(module, CrossViTDropPath)
+    }
+    theirs = {}
+    for name, module in reference.named_modules():
+        if name.endswith(("drop_path1", "drop_path")):  # drop_path2 is that of the same layer
+            rate = module.drop_prob if isinstance(module, DropPath) else 0.0
+            theirs[our_name(name.replace("drop_path1", "drop_path"))] = rate
+
+    assert ours.keys() == theirs.keys()
+    for name, rate in ours.items():
+        assert rate == pytest.approx(theirs[name], abs=1e-7), name  # timm's are float32
+    assert max(ours.values()) == pytest.approx(0.1)
+
+
+def test_drop_path_leaves_out_whole_samples_and_keeps_the_mean():
+    drop_path = CrossViTDropPath(0.25).train()
+    dropped = drop_path(torch.ones(20_000, 2, 3))
+    assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.75])
+    assert (dropped.amin(dim=(1, 2)) == dropped.amax(dim=(1, 2))).all()
+    # The standard error of the mean is 0.004
+    assert dropped.mean().item() == pytest.approx(1.0, abs=0.02)
+    assert (drop_path.eval()(torch.ones(20, 2, 3)) == 1).all()
+
+
+@pytest.mark.parametrize("multi_conv", [False, True])
+def test_initialization_equals_timm_in_distribution(multi_conv):
+    reference = timm.create_model("crossvit_9_dagger_240" if multi_conv else "crossvit_9_240").state_dict()
+    config = CrossViTConfig(
+        embed_dim=(128, 256), depth=((1, 3, 0),) * 3, num_heads=(4, 4), multi_conv=multi_conv, num_labels=1000
+    )
+    weights = CrossViTForImageClassification(config).state_dict()
+    for name, expected in reference.items():
+        weight = weights[our_name(name)]
+        if expected.std() == 0:  # norms, biases
+            torch.testing.assert_close(weight, expected)
+        else:
+            # Two samples of one distribution: of 200 tensors, one p-value in a million is no accident
+            assert ks_2samp(weight.flatten()[:20_000], expected.flatten()[:20_000]).pvalue > 1e-6, name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cross_attention_layers", [0, 1, 2])
+def test_documented_configuration_and_cross_attention_layers_equal_timm(cross_attention_layers):
+    # The configuration of the model's public documentation, word for word but for the last entries of `depth`
+    config = CrossViTConfig(
+        img_size=(240, 224),
+        patch_size=(12, 16),
+        num_classes=1000,
+        embed_dim=(192, 384),
+        depth=((1, 3, cross_attention_layers),) * 3,
+        num_heads=(6, 12),
+        mlp_ratio=(2.0, 2.0, 4.0),
+    )
+    reference = timm_of_config(config)
+    model = with_weights_of(config, reference)
+    pixel_values = torch.randn(2, 3, 240, 240)
+    torch.testing.assert_close(model(pixel_values).logits, reference(pixel_values), atol=LOGITS_TOLERANCE, rtol=0)
+
+
+@torch.no_grad()
+def test_branch_without_layers_is_an_identity():
+    config = CrossViTConfig(depth=((0, 2, 0), (1, 0, 0)), num_labels=10)
+    # timm misaligns such branches. Layers whose sublayers end in zeros pass their input on: it has those instead.
+    reference = timm_of_config(CrossViTConfig(depth=((1, 2, 0), (1, 1, 0)), num_labels=10))
+    for layer in (reference.blocks[0].blocks[0][0], reference.blocks[1].blocks[1][0]):
+        for linear in (layer.attn.proj, layer.mlp.fc2):
+            linear.weight.zero_()
+            linear.bias.zero_()
+    model = CrossViTForImageClassification(config).eval()
+    missing, unexpected = model.load_state_dict(our_state_dict(reference), strict=False)
+    assert not missing
+    assert {name.rsplit(".layers.0.")[0] for name in unexpected} == {
+        "crossvit.stages.0.branches.0",
+        "crossvit.stages.1.branches.1",
+    }
+    pixel_values = torch.randn(2, 3, 240, 240)
+    torch.testing.assert_close(model(pixel_values).logits, reference(pixel_values), atol=LOGITS_TOLERANCE, rtol=0)
+
+
+@torch.no_grad()
+def test_three_branches_equal_timm_stage_by_stage():
+    config = CrossViTConfig(
+        image_size=(48, 40, 64),
+        patch_size=(6, 8, 16),
+        embed_dim=(24, 32, 40),
+        num_heads=(2, 4, 5),
+        mlp_ratio=(2, 3, 4),
+        depth=((1, 2, 1, 1), (2, 1, 1, 2)),
+        num_labels=4,
+    )
+    model = perturb(CrossViTForImageClassification(config)).eval()
+    outputs = model(torch.randn(2, 3, 48, 48), output_hidden_states=True)
+    states = [list(outputs.hidden_states[start : start + 3]) for start in (0, 3, 6)]
+
+    # timm's model has two branches, its stages any number
+    for stage, depth in enumerate(config.depth):
+        block = MultiScaleBlock(
+            config.embed_dim, None, depth, config.num_heads, config.mlp_ratio, qkv_bias=True, drop_path=[0.0] * 4
+        )
+        for norm in block.modules():
+            if isinstance(norm, torch.nn.LayerNorm):
+                norm.eps = config.layer_norm_eps
+        prefix = f"blocks.{stage}."
+        weights = model.state_dict()
+        block.load_state_dict({name: weights[our_name(prefix + name)] for name in block.state_dict()})
+        for tokens, expected in zip(states[stage + 1], block.eval()(states[stage])):
+            torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=1e-5)
+
+    norms = [norm(tokens[:, 0]) for norm, tokens in zip(model.crossvit.layernorms, states[-1])]
+    logits = torch.stack([head(token) for head, token in zip(model.classifier.heads, norms)]).mean(dim=0)
+    torch.testing.assert_close(outputs.logits, logits)
+
+
+@torch.no_grad()
+def test_feature_maps_and_features_equal_timm():
+    config = CrossViTConfig(depth=((1, 2, 0), (1, 1, 0)), num_labels=0)
+    reference = timm_of_config(config)
+    weights = our_state_dict(reference)
+    backbone = CrossViTBackbone(
+        CrossViTConfig(**{**config.to_diff_dict(), "out_features": ["stage1_0", "stage1_1", "stage2_0", "stage2_1"]})
+    ).eval()
+    backbone.load_state_dict(weights)
+    pixel_values = torch.randn(2, 3, 240, 240)
+    _, expected = reference.forward_intermediates(pixel_values)
+    # timm's order is branch, then stage
+    for feature_map, expected_map in zip(backbone(pixel_values).feature_maps, [expected[i] for i in (0, 2, 1, 3)]):
+        torch.testing.assert_close(feature_map, expected_map, atol=1e-4, rtol=1e-5)
+
+    # Without classes timm returns the class tokens
+    model = CrossViTForImageClassification(config).eval()
+    model.load_state_dict(weights)
+    base_model = CrossViTModel(config).eval()
+    base_model.load_state_dict({name.removeprefix("crossvit."): weight for name, weight in weights.items()})
+    expected_features = reference(pixel_values)
+    torch.testing.assert_close(model(pixel_values).logits, expected_features, atol=1e-5, rtol=0)
+    torch.testing.assert_close(base_model(pixel_values).pooler_output, expected_features, atol=1e-5, rtol=0)
+    expected_tokens = reference.forward_features(pixel_values)[-1]
+    torch.testing.assert_close(base_model(pixel_values).last_hidden_state, expected_tokens, atol=1e-5, rtol=0)
