@@ -128,6 +128,15 @@ class CrossViTConfig(BackboneConfigMixin, PreTrainedConfig):
     model_type = "crossvit"
     attribute_map = {"img_size": "image_size", "num_classes": "num_labels", "num_attention_heads": "num_heads"}
     keys_to_ignore_at_inference = ["branch_logits", "hidden_states", "attentions", "cross_attentions"]
+    # The fused queries, keys and values of the branches cannot be split by heads
+    base_model_tp_plan = {
+        "stages.*.branches.*.layers.*.mlp.fc1": "colwise",
+        "stages.*.branches.*.layers.*.mlp.fc2": "rowwise",
+        "stages.*.fusions.*.layers.*.attention.q_proj": "colwise",
+        "stages.*.fusions.*.layers.*.attention.k_proj": "colwise",
+        "stages.*.fusions.*.layers.*.attention.v_proj": "colwise",
+        "stages.*.fusions.*.layers.*.attention.o_proj": "rowwise",
+    }
     base_model_fsdp_plan = {
         "embeddings.*": "free_full_weight",
         "stages.*.branches.*.layers.*": "free_full_weight",

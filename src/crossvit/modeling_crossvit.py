@@ -302,8 +302,8 @@ class CrossViTCrossAttention(CrossViTAttention):
     def forward(
         self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        # (batch, tokens, dim) -> (batch, heads, tokens, head_dim), with one query
-        head_shape = (self.num_heads, self.head_dim)
+        # (batch, tokens, dim) -> (batch, heads, tokens, head_dim), with one query; tensor parallelism has fewer heads
+        head_shape = (-1, self.head_dim)
         query_states = self.q_proj(hidden_states[:, :1]).unflatten(2, head_shape).transpose(1, 2)
         key_states = self.k_proj(hidden_states).unflatten(2, head_shape).transpose(1, 2)
         value_states = self.v_proj(hidden_states).unflatten(2, head_shape).transpose(1, 2)
