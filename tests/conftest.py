@@ -3,12 +3,15 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
 from crossvit import CrossViTConfig
 
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # for the processes that tests start
+# For the processes that tests start as well. One thread each: `-n 2` shares the cores better than threads do.
+os.environ["HF_HUB_OFFLINE"] = os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 VARIANTS = json.loads((Path(__file__).parents[1] / "conversion" / "variants.json").read_text())
 
