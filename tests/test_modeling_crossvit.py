@@ -165,6 +165,13 @@ def test_resized_model_saves_and_loads(model, image_size, tmp_path):
     reloaded = CrossViTForImageClassification.from_pretrained(tmp_path)
     assert reloaded.config.image_sizes == config.image_sizes
     assert torch.equal(reloaded(pixel_values).logits, outputs.logits)
+    for resized in (model, reloaded):  # the new sizes are those whose ratio interpolation keeps
+        scale = 2
+        images = torch.randn(1, 3, *(scale * side for side in config.image_sizes[0]))
+        states = resized(images, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states
+        for tokens, size, patch_size in zip(states, config.image_sizes, config.patch_size):
+            assert tokens.shape[1] - 1 == round(scale * size[0] / patch_size) * round(scale * size[1] / patch_size)
+
     reloaded.resize_position_embeddings((36, 32))
     assert reloaded.crossvit.embeddings[0].position_embeddings.shape == (1, 37, 24)
     assert reloaded.crossvit.embeddings[0].position_embeddings.requires_grad
@@ -419,6 +426,8 @@ def test_device_map_splits_no_layer(model):
         no_split_module_classes=list(model._no_split_modules),
     )
     assert len(set(device_map.values())) > 1
+    # What takes its inputs to the device of its first weight: residuals and the tokens of two branches
+    assert {"CrossViTLayer", "CrossViTFusion", "CrossViTEmbeddings"} <= set(model._no_split_modules)
 
     def devices_of(prefix: str) -> set:
         return {

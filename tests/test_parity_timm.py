@@ -107,6 +107,26 @@ def test_gradients_in_train_mode_equal_timm(name):
     assert not gradients
 
 
+def test_dropouts_and_drop_paths_equal_timm_draw_by_draw():
+    config = CrossViTConfig(depth=((1, 2, 0), (1, 2, 2)), drop_path_rate=0.5, num_labels=10)
+    reference = timm_of_config(config, pos_drop_rate=0.1, proj_drop_rate=0.1, attn_drop_rate=0.2).train()
+    for module in reference.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # whose dropout draws in an order of its own
+    config.hidden_dropout_prob, config.attention_probs_dropout_prob = 0.1, 0.2
+    config._attn_implementation = "eager"
+    model = with_weights_of(config, reference).train()
+    pixel_values = torch.randn(4, 3, 240, 240)
+    logits = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        expected = reference(pixel_values)
+        torch.manual_seed(seed)
+        logits.append(model(pixel_values).logits)
+        torch.testing.assert_close(logits[-1], expected, atol=LOGITS_TOLERANCE, rtol=0)
+    assert torch.equal(logits[0], logits[1]) and not torch.allclose(logits[0], logits[2], atol=0.01)
+
+
 def test_drop_path_rates_equal_timm(variant):
     reference = timm.create_model(variant["timm_id"].removeprefix("timm/"), drop_path_rate=0.1)
     model = model_of_variant(variant, drop_path_rate=0.1)
