@@ -489,8 +489,8 @@ def get_drop_path_rates(config: CrossViTConfig) -> list[list[float]]:
     return [[step * (start + layer) for layer in range(length)] for start, length in zip(starts, lengths)]
 
 
-# Every hidden state is what a `CrossViTBranchTokens` returns. What follows the first line is assigned, not passed,
-# since transformers before 5.9 and 5.14 do not take it.
+# Every hidden state is what a `CrossViTBranchTokens` returns. Both options are assigned, not passed: transformers
+# before 5.9 does not know the first one, before 5.23 not the second.
 hidden_states_recorder = OutputRecorder(target_class=CrossViTBranchTokens)
 hidden_states_recorder.capture_initial_hidden_state = False
 hidden_states_recorder.num_hidden_layers_key = "num_hidden_states"
