@@ -169,7 +169,7 @@ def open_image(path: str) -> PIL.Image.Image:
         image = PIL.ImageOps.exif_transpose(PIL.Image.open(path)).convert("RGB")
     except FileNotFoundError:
         sys.exit(f"There is no image {path!r}: check the path.")
-    except (OSError, PIL.Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
         sys.exit(f"{path!r} cannot be read as an image: {error}")
     if min(image.size) < MIN_SIDE:
         sys.exit(f"{path!r} has {image.width}x{image.height} pixels: give an image of {MIN_SIDE}x{MIN_SIDE} or more.")

@@ -295,14 +295,17 @@ def test_bad_channels_with_a_given_format(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["text.png", "truncated.jpg", "truncated.png"])
+@pytest.mark.parametrize("name", ["text.png", "truncated.jpg", "truncated.png", "broken.png"])
 def test_bad_file(name, backend, tmp_path):
     path = tmp_path / name
     if name == "text.png":
         path.write_text("not an image")
     else:
-        picture(60, 60).save(path)
-        path.write_bytes(path.read_bytes()[:1500])
+        picture(200, 200).save(path)
+        content = path.read_bytes()
+        # A broken chunk amid the pixels is a SyntaxError to PIL
+        head, separator, tail = content.rpartition(b"IDAT")
+        path.write_bytes(head + b"\xff" * len(separator) + tail if name == "broken.png" else content[:1500])
     with pytest.raises(OSError, match=f"Cannot read an image from '.*{name}'"):
         backend()([str(path)], return_tensors="pt")
 

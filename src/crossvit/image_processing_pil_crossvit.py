@@ -82,8 +82,8 @@ class CrossViTBaseImageProcessor(BaseImageProcessor):
         if isinstance(image_url_or_urls, str):
             try:
                 return BaseImageProcessor.fetch_images(self, image_url_or_urls)
-            except OSError as error:  # of a truncated file PIL does not tell the name
-                raise type(error)(f"Cannot read an image from {image_url_or_urls!r}: {error}") from error
+            except (OSError, SyntaxError) as error:  # PIL's for a broken file, which it does not name
+                raise OSError(f"Cannot read an image from {image_url_or_urls!r}: {error}") from error
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(entry) for entry in image_url_or_urls]
         if not is_valid_image(image_url_or_urls):
