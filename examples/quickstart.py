@@ -237,10 +237,7 @@ def draw(images: torch.Tensor, titles: list[str], predictions: list[list[dict]],
 @torch.no_grad()
 def classify(model_id: str, paths: list[str], output: Path):
     """Loads a CrossViT through the Auto classes, classifies and draws the images, or else the held-out digits."""
-    images, labels = [open_image(path) for path in paths], None
-    if not images:
-        digits = load_datasets()[1]
-        images, labels = [image.convert("RGB") for image in digits.images], [LABELS[label] for label in digits.labels]
+    images, labels = [open_image(path) for path in paths], []
     try:
         if AutoConfig.from_pretrained(model_id).model_type != "crossvit":
             sys.exit(f"{model_id!r} is no CrossViT.")
@@ -249,13 +246,20 @@ def classify(model_id: str, paths: list[str], output: Path):
     except (OSError, ValueError) as error:
         sys.exit(f"Cannot load a CrossViT from {model_id!r}: {str(error).splitlines()[0]}")
 
+    if not images:
+        if list(model.config.id2label.values()) != LABELS:
+            sys.exit(f"{model_id!r} was not trained on digits: give it images of yours with --image.")
+        digits = load_datasets()[1]
+        images, labels = [image.convert("RGB") for image in digits.images], [LABELS[label] for label in digits.labels]
+
     classifier = pipeline("image-classification", model=model_id, image_processor=processor)
     predictions = classifier(images, top_k=min(3, model.config.num_labels), batch_size=8)
     if labels:
         right = [prediction[0]["label"] == label for prediction, label in zip(predictions, labels)]
         print(f"Loaded {model_id} in a new process: {sum(right)} of {len(right)} held-out digits are right")
         # Up to two mistakes first (orange), there is most to see in them
-        order = sorted(range(len(images)), key=lambda index: right[index])[:2] + list(range(MAX_ROWS - 2))
+        mistakes = [index for index, is_right in enumerate(right) if not is_right][:2]
+        order = list(dict.fromkeys([*mistakes, *range(len(images))]))[:MAX_ROWS]
         titles = [f"is {labels[index]}" for index in order]
     else:
         for path, prediction in zip(paths, predictions):

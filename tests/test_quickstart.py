@@ -116,6 +116,12 @@ def test_what_is_no_crossvit_is_named(tmp_path, photo, checkpoint):
         assert output == ""
 
 
+def test_model_of_something_else_needs_images(tmp_path, checkpoint):
+    code, output, errors = run(tmp_path, "--model", checkpoint)
+    assert code != 0 and "--image" in errors and "Traceback" not in errors
+    assert output == ""
+
+
 def test_interrupted_training_leaves_nothing_that_looks_complete(tmp_path):
     process = start(tmp_path)
     assert "Training" in process.stdout.readline()
