@@ -30,18 +30,19 @@ if __name__ == "__main__":  # Ahead of the imports that take seconds, so that Ct
     signal.signal(signal.SIGINT, lambda *_: sys.exit("\nInterrupted."))
 
 import argparse
+import io
 import json
-import os
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-import matplotlib
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
+from matplotlib.cm import ScalarMappable
+from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.utils.data import Dataset
@@ -61,10 +62,6 @@ from transformers.utils import logging
 from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
 
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-
-
 LABELS = [str(digit) for digit in range(10)]
 SIDE = 48  # pixels that the model sees; the digits themselves have 8x8
 MIN_SIDE = 8  # of an image to classify: with fewer pixels there is nothing to see
@@ -73,11 +70,11 @@ BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#BBBBBB"  # different to color-blind
 
 
 class Digits(Dataset):
-    """Images and their labels; for training, shifted by up to 3 of 48 pixels at random."""
+    """Images and their labels; for training, shifted by up to 2 of 48 pixels at random."""
 
     def __init__(self, images: list[PIL.Image.Image], labels: list[int], augment: bool):
         self.images, self.labels = images, labels
-        shift = v2.Compose([v2.Resize(SIDE, v2.InterpolationMode.BICUBIC), v2.RandomCrop(SIDE, padding=3)])
+        shift = v2.Compose([v2.Resize(SIDE, v2.InterpolationMode.BICUBIC), v2.RandomCrop(SIDE, padding=2)])
         self.transform = shift if augment else v2.Identity()
 
     def __len__(self) -> int:
@@ -97,11 +94,15 @@ def load_datasets() -> tuple[Digits, Digits]:
     return Digits(train_images, train_labels, augment=True), Digits(test_images, test_labels, augment=False)
 
 
-def train(output: Path, seed: int):
+def train(output: Path, seed: int) -> None:
     """Trains a small model from scratch; leaves it, its image processor and its metrics in `output`."""
     set_seed(seed)
-    torch.set_num_threads(1)  # So small a model gains little from more, and loses a lot on a busy machine
-    processor = CrossViTImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    processor = CrossViTImageProcessor(
+        size={"shortest_edge": SIDE},
+        crop_size={"height": SIDE, "width": SIDE},
+        image_mean=[0.5, 0.5, 0.5],  # Those of ImageNet, the default, suit photos
+        image_std=[0.5, 0.5, 0.5],
+    )
     config = CrossViTConfig(
         image_size=(SIDE, 40),
         patch_size=(6, 8),
@@ -126,10 +127,10 @@ def train(output: Path, seed: int):
         model=model,
         args=TrainingArguments(
             output_dir=str(output),
-            num_train_epochs=24,
+            num_train_epochs=18,
             per_device_train_batch_size=32,
             per_device_eval_batch_size=64,
-            learning_rate=1e-3,
+            learning_rate=7e-4,
             lr_scheduler_type="cosine",
             warmup_steps=50,
             weight_decay=0.05,
@@ -153,147 +154,155 @@ def train(output: Path, seed: int):
     )
 
     # Written elsewhere first and the weights put in place last, so that what looks complete is
+    for outdated in ("model.safetensors", "predictions.json", "quickstart.png"):
+        (output / outdated).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=".") as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         (Path(folder) / "metrics.json").write_text(json.dumps(metrics, indent=2))
-        (output / "model.safetensors").unlink(missing_ok=True)
         for file in sorted(Path(folder).iterdir(), key=lambda file: file.suffix == ".safetensors"):
-            os.replace(file, output / file.name)
-    print(f"Saved the model and its image processor in {output}")
+            file.replace(output / file.name)
+    print(f"Saved the model and its image processor in {output}", flush=True)
+
+
+def fail(message: str) -> NoReturn:
+    sys.exit(f"{Path(__file__).name}: error: {message}")
 
 
 def open_image(path: str) -> PIL.Image.Image:
-    """Reads an image file, upright and in RGB; exits with a message that names what is none."""
+    """Reads an image file, upright and in RGB."""
     try:
         image = PIL.ImageOps.exif_transpose(PIL.Image.open(path)).convert("RGB")
-    except FileNotFoundError:
-        sys.exit(f"There is no image {path!r}: check the path.")
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        sys.exit(f"{path!r} cannot be read as an image: {error}")
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:  # PIL raises all of them
+        fail(f"--image {path}: {getattr(error, 'strerror', None) or error}")
     if min(image.size) < MIN_SIDE:
-        sys.exit(f"{path!r} has {image.width}x{image.height} pixels: give an image of {MIN_SIDE}x{MIN_SIDE} or more.")
+        fail(f"--image {path}: {image.width}x{image.height} pixels are too few, it takes {MIN_SIDE}x{MIN_SIDE}")
     return image
 
 
-def class_token_attention(model: Any, attentions: tuple[torch.Tensor, ...]) -> list[np.ndarray]:
-    """Per branch, how the class token attends to the patches in the last layer: arrays (images, rows, columns)."""
-    # `attentions` come in the order stage, branch, layer: the branch of each, and the last one of each branch
+def load(name: str) -> tuple[Any, Any, Any]:
+    """The pipeline of a saved CrossViT, its image processor and its model, the latter with attention maps."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+        if config.model_type != "crossvit":
+            raise ValueError(f"a {config.model_type!r}, not a CrossViT")
+        processor = AutoImageProcessor.from_pretrained(name)
+        model = AutoModelForImageClassification.from_pretrained(name, attn_implementation="eager")
+        return pipeline("image-classification", model=name), processor, model
+    # Of many types: a typo, no network, a file that is missing, damaged or of another model
+    except Exception as error:
+        fail(f"--model {name}: no CrossViT in such a folder or on the Hub ({str(error).strip().splitlines()[0]})")
+
+
+@torch.no_grad()
+def classify(model_name: str, paths: list[str], output: Path) -> None:
+    """Classifies and draws the images, or else the held-out digits."""
+    samples: list[dict[str, Any]] = [{"image": open_image(path), "title": Path(path).name} for path in paths]
+    classifier, processor, model = load(model_name)
+    if not samples:
+        if list(model.config.id2label.values()) != LABELS:
+            fail(f"--model {model_name}: its labels are not the digits, so give an image with --image")
+        digits = load_datasets()[1]
+        for image, label in zip(digits.images, digits.labels):
+            samples.append({"image": image, "title": f"is {label}", "label": LABELS[label]})
+
+    predictions = classifier([sample["image"] for sample in samples], top_k=3, batch_size=8)
+    for sample, prediction in zip(samples, predictions):
+        sample["prediction"] = prediction
+        sample["right"] = sample.get("label") in (None, prediction[0]["label"])
+    if paths:
+        for path, prediction in zip(paths, predictions):
+            print(path, *(f"{top['label']} {top['score']:.1%}" for top in prediction), sep="  ")
+    else:
+        right = sum(sample["right"] for sample in samples)
+        print(f"Loaded {model_name} in a new process: {right} of {len(samples)} held-out digits are right")
+        mistakes = [sample for sample in samples if not sample["right"]][:2]  # There is most to see in them
+        samples = mistakes + [sample for sample in samples if sample["right"]]
+
+    samples = samples[:MAX_ROWS]
+    images = [sample["image"] for sample in samples]
+    pixel_values = processor(images, return_tensors="pt")["pixel_values"]
+    seen = processor(images, return_tensors="pt", do_normalize=False)["pixel_values"].permute(0, 2, 3, 1).numpy()
+    figure = draw(samples, seen, class_token_attention(model, pixel_values))
+    figure.savefig(picture := io.BytesIO())
+    (output / "predictions.json").write_text(json.dumps(predictions, indent=2))
+    (output / "quickstart.png").write_bytes(picture.getvalue())
+    print(f"Drew {len(samples)} of them and what the model looks at in {output / 'quickstart.png'}")
+
+
+def class_token_attention(model: Any, pixel_values: torch.Tensor) -> dict[int, np.ndarray]:
+    """By branch, how its class token attends to its patches in its last layer: arrays (images, rows, columns)."""
+    attentions = model(pixel_values, output_attentions=True).attentions
+    # They come in the order stage, branch, layer: the branch of each, and the last one of each branch
     branches = [
         branch for *depths, _ in model.config.depth for branch, depth in enumerate(depths) for _ in range(depth)
     ]
     last_layers = {branch: layer for layer, branch in enumerate(branches)}
-    maps = []
+    maps = {}
     for branch, layer in sorted(last_layers.items()):
-        embeddings = model.crossvit.embeddings[branch]
-        to_patches = attentions[layer].mean(dim=1)[:, 0, 1:]  # the mean of the heads, from the class token
-        maps.append(to_patches.unflatten(1, embeddings.get_grid_size(embeddings.image_size)).numpy())
+        embeddings = model.base_model.embeddings[branch]
+        to_patches = attentions[layer].mean(dim=1)[:, 0, 1:]  # The mean of the heads, from the class token
+        maps[branch] = to_patches.unflatten(1, embeddings.get_grid_size(embeddings.image_size)).numpy()
     return maps
 
 
-def draw(images: torch.Tensor, titles: list[str], predictions: list[list[dict]], maps: list[np.ndarray], path: Path):
+def draw(samples: list[dict[str, Any]], images: np.ndarray, maps: dict[int, np.ndarray]) -> Figure:
     """A row per image: what the model sees, its best labels, and where the class token of each branch looks."""
-    columns = 2 + len(maps)
-    figure, axes = plt.subplots(
-        len(images), columns, figsize=(2.6 * columns, 2.35 * len(images) + 0.9), squeeze=False, layout="constrained"
-    )
-    for row, image in zip(axes, images.permute(0, 2, 3, 1).numpy().clip(0, 1)):
-        for axis in (row[0], *row[2:]):
-            axis.imshow(image, extent=(0, 1, 1, 0))
-            axis.set_axis_off()
-    heat = None
-    for row, title, labels, *attention in zip(axes, titles, predictions, *maps):
-        row[0].set_title(title, fontsize=10)
-        scores = [label["score"] for label in labels]
-        wrong = title.startswith("is ") and title != f"is {labels[0]['label']}"
-        row[1].barh(
-            range(len(labels)), scores, color=[ORANGE if wrong else BLUE] + [GREY] * (len(labels) - 1), height=0.3
+    rows, columns = len(samples), 2 + len(maps)
+    figure = Figure(figsize=(2 * columns + 1, 1.8 * rows + 1.4), dpi=120, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, width_ratios=[1, 1.4] + [1] * len(maps))
+    branches = (f"branch {branch}\n{grid.shape[1]}x{grid.shape[2]} patches" for branch, grid in maps.items())
+    for axis, title in zip(axes[0], ("image", "prediction", *branches)):
+        axis.set_title(title, fontsize=11, pad=10)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+
+    for sample, image, row, *attention in zip(samples, images, axes, *maps.values()):
+        row[0].imshow(image)
+        row[0].set_ylabel(sample["title"][-20:], fontsize=11)
+        scores = [top["score"] for top in sample["prediction"]]
+        row[1].barh(range(len(scores)), scores, height=0.3, color=(BLUE if sample["right"] else ORANGE, GREY, GREY))
+        for place, top in enumerate(sample["prediction"]):
+            label = f"{top['label'].split(',')[0][:24]}  {top['score']:.1%}"
+            row[1].text(0.01, place - 0.2, label, va="bottom", fontsize=10)
+        row[1].set(xlim=(0, 1), ylim=(2.4, -0.7))
+        row[1].spines[["top", "right", "bottom"]].set_visible(False)
+        for axis, grid in zip(row[2:], attention):
+            weights = torch.tensor(grid / grid.max())[None, None]
+            weights = torch.nn.functional.interpolate(weights, image.shape[:2], mode="bicubic")[0, 0].clamp(0, 1)
+            axis.imshow(image.mean(axis=2), cmap="gray", vmin=0, vmax=1.4)
+            axis.imshow(weights, cmap="inferno", vmin=0, vmax=1, alpha=0.2 + 0.7 * weights)
+    if maps:
+        bar = figure.colorbar(
+            ScalarMappable(cmap="inferno"), ax=axes[:, 2:], location="bottom", aspect=30, shrink=0.8, pad=0.02
         )
-        for position, label in enumerate(labels):
-            text = f"{label['label'].split(',')[0][:24]}  {label['score']:.1%}"
-            row[1].text(0, position - 0.2, text, va="bottom", fontsize=10)
-        row[1].set(xlim=(0, 1), ylim=(len(labels) - 0.7, -0.7), xticks=[0, 0.5, 1], yticks=[])
-        row[1].spines[["top", "right", "left"]].set_visible(False)
-        for axis, weights in zip(row[2:], attention):
-            heat = axis.imshow(
-                weights / weights.max(),
-                extent=(0, 1, 1, 0),
-                cmap="inferno",
-                alpha=0.65,
-                interpolation="bicubic",
-                vmin=0,
-                vmax=1,
-            )
-    headers = ["image", "probability", *(f"branch {branch} looks at" for branch in range(len(maps)))]
-    for axis, header in zip(axes[0], headers):
-        axis.annotate(header, (0.5, 1.0), (0, 22), "axes fraction", "offset points", ha="center", weight="bold")
-    if heat is not None:
-        bar = figure.colorbar(heat, ax=axes[:, 2:], location="bottom", aspect=40, shrink=0.8, pad=0.02)
-        bar.set_label("attention of the class token, share of the largest")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+        bar.set_label("attention of the class token\n(1: the most in this image)")
+    return figure
 
 
-@torch.no_grad()
-def classify(model_id: str, paths: list[str], output: Path):
-    """Loads a CrossViT through the Auto classes, classifies and draws the images, or else the held-out digits."""
-    images, labels = [open_image(path) for path in paths], []
-    try:
-        if AutoConfig.from_pretrained(model_id).model_type != "crossvit":
-            sys.exit(f"{model_id!r} is no CrossViT.")
-        processor = AutoImageProcessor.from_pretrained(model_id)
-        model = AutoModelForImageClassification.from_pretrained(model_id, attn_implementation="eager").eval()
-    except (OSError, ValueError) as error:
-        sys.exit(f"Cannot load a CrossViT from {model_id!r}: {str(error).splitlines()[0]}")
-
-    if not images:
-        if list(model.config.id2label.values()) != LABELS:
-            sys.exit(f"{model_id!r} was not trained on digits: give it images of yours with --image.")
-        digits = load_datasets()[1]
-        images, labels = [image.convert("RGB") for image in digits.images], [LABELS[label] for label in digits.labels]
-
-    classifier = pipeline("image-classification", model=model_id, image_processor=processor)
-    predictions = classifier(images, top_k=min(3, model.config.num_labels), batch_size=8)
-    if labels:
-        right = [prediction[0]["label"] == label for prediction, label in zip(predictions, labels)]
-        print(f"Loaded {model_id} in a new process: {sum(right)} of {len(right)} held-out digits are right")
-        # Up to two mistakes first (orange), there is most to see in them
-        mistakes = [index for index, is_right in enumerate(right) if not is_right][:2]
-        order = list(dict.fromkeys([*mistakes, *range(len(images))]))[:MAX_ROWS]
-        titles = [f"is {labels[index]}" for index in order]
-    else:
-        for path, prediction in zip(paths, predictions):
-            print(path, *(f"{label['label']} {label['score']:.1%}" for label in prediction), sep="  ")
-        order = list(range(len(images)))[:MAX_ROWS]
-        titles = [Path(paths[index]).name[-24:] for index in order]
-
-    pixel_values = processor([images[index] for index in order], return_tensors="pt").pixel_values
-    maps = class_token_attention(model, model(pixel_values, output_attentions=True).attentions)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (processor.image_mean, processor.image_std))
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "predictions.json").write_text(json.dumps(predictions, indent=2))
-    draw(pixel_values * std + mean, titles, [predictions[index] for index in order], maps, output / "quickstart.png")
-    print(f"Drew {len(order)} images and what the model looks at in {output / 'quickstart.png'}")
-
-
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="classify these instead of the digits")
     parser.add_argument("--model", help="folder or Hub id of a CrossViT to use instead of training one")
     parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"), help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    logging.disable_progress_bar()  # those of loading and saving; the one of training stays
+    torch.set_num_threads(1)  # So small a model gains little from more, and waits for them on a busy machine
+    logging.disable_progress_bar()  # Those of loading and saving; the one of training stays
+    for path in args.image:
+        open_image(path)  # A typo should not cost a training
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--output {args.output}: {error.strerror}")
 
     if args.model is not None:
         return classify(args.model, args.image, args.output)
-    for path in args.image:
-        open_image(path)  # A typo should not cost a training
-    args.output.mkdir(parents=True, exist_ok=True)
     train(args.output, args.seed)
-    # In a new process, as a user of the saved model would
+    # In a new process, as a user of the saved model would; Ctrl-C reaches this one alone, which then ends the other
     command = [sys.executable, __file__, "--model", str(args.output), "--output", str(args.output)]
-    sys.exit(subprocess.run(command + (["--image", *args.image] if args.image else [])).returncode)
+    command += ["--image", *args.image] if args.image else []
+    sys.exit(subprocess.run(command, start_new_session=True).returncode)
 
 
 if __name__ == "__main__":
