@@ -323,7 +323,7 @@ def test_bad_options(backend):
 # --- options and serialisation ---
 
 
-class StockImageProcessor(TorchvisionBackend):
+class StockDefaults:
     resample = PILImageResampling.BICUBIC
     image_mean = IMAGENET_DEFAULT_MEAN
     image_std = IMAGENET_DEFAULT_STD
@@ -333,14 +333,12 @@ class StockImageProcessor(TorchvisionBackend):
     do_resize = do_center_crop = do_rescale = do_normalize = do_convert_rgb = True
 
 
-class StockImageProcessorPil(PilBackend):
-    resample = PILImageResampling.BICUBIC
-    image_mean = IMAGENET_DEFAULT_MEAN
-    image_std = IMAGENET_DEFAULT_STD
-    size = {"shortest_edge": 274}
-    default_to_square = False
-    crop_size = {"height": 240, "width": 240}
-    do_resize = do_center_crop = do_rescale = do_normalize = do_convert_rgb = True
+class StockImageProcessor(StockDefaults, TorchvisionBackend):
+    pass
+
+
+class StockImageProcessorPil(StockDefaults, PilBackend):
+    pass
 
 
 STOCK_PAIRS = [(CrossViTImageProcessor, StockImageProcessor), (CrossViTImageProcessorPil, StockImageProcessorPil)]
