@@ -182,6 +182,54 @@ def test_checkpoint_with_its_code_needs_no_package(small_config, checkpoint, tmp
             assert torch.equal(classifier(outputs["pixel_values"]).logits, outputs["logits"])
 
 
+def test_checkpoint_with_its_code_keeps_it_when_the_package_saves_it_again(checkpoint, tmp_path):
+    code = ["configuration", "image_processing", "image_processing_pil", "modeling"]
+    run(
+        """
+        from pathlib import Path
+        from crossvit import *
+
+        model = CrossViTForImageClassification.from_pretrained("checkpoint")
+        CrossViTForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+        CrossViTImageProcessor.register_for_auto_class()
+        model.save_pretrained("with_code")
+        CrossViTImageProcessor.from_pretrained("checkpoint").save_pretrained("with_code")
+        """,
+        tmp_path,
+    )
+    run(
+        """
+        from pathlib import Path
+        from crossvit import *
+
+        CrossViTForImageClassification.from_pretrained("with_code").save_pretrained("again")
+        CrossViTImageProcessorPil.from_pretrained("with_code").save_pretrained("again")
+        assert CrossViTForImageClassification._auto_class is CrossViTImageProcessorPil._auto_class is None
+        CrossViTModel.from_pretrained("checkpoint").save_pretrained("without")
+        # The code of the Hub's repository is named and not copied
+        model = CrossViTModel.from_pretrained("with_code")
+        model.config.auto_map = {key: f"me/crossvit--{name}" for key, name in model.config.auto_map.items()}
+        model.save_pretrained("elsewhere")
+        assert "me/crossvit--modeling_crossvit.CrossViTModel" in Path("elsewhere/config.json").read_text()
+        """,
+        tmp_path,
+    )
+    assert sorted(path.stem for path in (tmp_path / "again").glob("*.py")) == [f"{name}_crossvit" for name in code]
+    assert not list((tmp_path / "without").glob("*.py")) and not list((tmp_path / "elsewhere").glob("*.py"))
+    run(
+        """
+        import sys
+        sys.modules["crossvit"] = None
+        from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
+
+        AutoImageProcessor.from_pretrained("again", backend="pil", trust_remote_code=True)
+        AutoModel.from_pretrained("again", trust_remote_code=True)
+        AutoModelForImageClassification.from_pretrained("again", trust_remote_code=True)
+        """,
+        tmp_path,
+    )
+
+
 def test_checkpoint_without_code_names_none(checkpoint):
     assert not list(checkpoint.glob("*.py"))
     assert "auto_map" not in (checkpoint / "config.json").read_text()

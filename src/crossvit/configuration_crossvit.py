@@ -13,6 +13,8 @@
 # limitations under the License.
 """CrossViT model configuration"""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -46,6 +48,24 @@ AUTO_MAP = {
     "AutoModelForImageClassification": "modeling_crossvit.CrossViTForImageClassification",
     "AutoBackbone": "modeling_crossvit.CrossViTBackbone",
 }
+
+
+@contextmanager
+def code_kept(instance: Any, auto_class: str | None, auto_map: dict[str, Any] | None) -> Iterator[None]:
+    """
+    A checkpoint that has its code beside its weights (`auto_map`) keeps it when it is saved again, fine-tuned for
+    example: the classes of its code copy their files, those of the package do so inside this context.
+    """
+    has_code = bool(auto_map) and not any("--" in str(reference) for reference in auto_map.values())
+    if not has_code or auto_class is None or instance._auto_class is not None:
+        yield
+        return
+    # Transformers asks the class
+    type(instance).register_for_auto_class(auto_class)
+    try:
+        yield
+    finally:
+        del type(instance)._auto_class
 
 
 def to_tuple(value: Any) -> Any:

@@ -13,6 +13,7 @@
 # limitations under the License.
 """Image processor class for CrossViT, PIL backend: bitwise equal to timm's evaluation transform."""
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +29,8 @@ from transformers.image_utils import (
     infer_channel_dimension_format,
     is_valid_image,
 )
+
+from .configuration_crossvit import code_kept
 
 
 if TYPE_CHECKING:
@@ -130,6 +133,11 @@ class CrossViTBaseImageProcessor(BaseImageProcessor):
         if do_convert_rgb:
             image = image[[0, 0, 0]] if image.shape[0] == 1 else image[:3]
         return image
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        """As every image processor; a checkpoint that carries its code keeps it."""
+        with code_kept(self, "AutoImageProcessor", getattr(self, "auto_map", None)):
+            return super().save_pretrained(save_directory, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """Serialises the options. Remote code names the classes of both backends, not that of the saved one alone."""

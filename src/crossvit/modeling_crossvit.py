@@ -26,6 +26,7 @@ arXiv:2103.14899). Reproduces the authors' code (IBM/CrossViT, models/crossvit.p
 
 import copy
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -44,7 +45,7 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_crossvit import CrossViTConfig
+from .configuration_crossvit import AUTO_MAP, CrossViTConfig, code_kept
 
 
 @dataclass
@@ -575,6 +576,13 @@ class CrossViTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, CrossViTEmbeddings):
             init.trunc_normal_(module.cls_token, std=std)
             init.trunc_normal_(module.position_embeddings, std=std)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
+        """As [`~PreTrainedModel.save_pretrained`]; a checkpoint that carries its code keeps it."""
+        class_names = {name.split(".")[-1]: auto_class for auto_class, name in AUTO_MAP.items()}
+        auto_map = getattr(self.config, "auto_map", None)
+        with code_kept(self, class_names.get(type(self).__name__), auto_map):
+            super().save_pretrained(save_directory, **kwargs)
 
     @property
     def branch_embeddings(self) -> list[CrossViTEmbeddings]:
