@@ -13,7 +13,8 @@ import torch
 from scipy.stats import ks_2samp
 from timm.layers import DropPath
 from timm.models.crossvit import MultiScaleBlock
-from timm_reference import our_name, our_state_dict, perturb, timm_of_config, timm_variant
+from timm_reference import our_state_dict, perturb, timm_of_config, timm_variant
+from weight_names import to_transformers_name
 
 from crossvit import CrossViTBackbone, CrossViTConfig, CrossViTForImageClassification, CrossViTModel
 from crossvit.modeling_crossvit import CrossViTDropPath
@@ -99,7 +100,7 @@ def test_gradients_in_train_mode_equal_timm(name):
     torch.testing.assert_close(outputs.logits, expected_logits, atol=LOGITS_TOLERANCE, rtol=0)
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     for name, parameter in reference.named_parameters():
-        gradient = gradients.pop(our_name(name))
+        gradient = gradients.pop(to_transformers_name(name))
         # Relative to the largest entry of each tensor: 3e-6 was measured. Exact zeros of timm's: the biases of keys,
         # which the softmax cancels, are pure rounding in both.
         scale = max(parameter.grad.abs().max().item(), 1e-3)
@@ -138,7 +139,9 @@ def test_drop_path_rates_equal_timm(variant):
     for name, module in reference.named_modules():
         if name.endswith(("drop_path1", "drop_path")):  # drop_path2 is that of the same layer
             rate = module.drop_prob if isinstance(module, DropPath) else 0.0
-            theirs[our_name(name.replace("drop_path1", "drop_path"))] = rate
+            layer = name.rpartition(".")[0]
+            our_layer = to_transformers_name(f"{layer}.norm1.weight").rsplit(".", 2)[0]
+            theirs[f"{our_layer}.drop_path"] = rate
 
     assert ours.keys() == theirs.keys()
     for name, rate in ours.items():
@@ -164,7 +167,7 @@ def test_initialization_equals_timm_in_distribution(multi_conv):
     )
     weights = CrossViTForImageClassification(config).state_dict()
     for name, expected in reference.items():
-        weight = weights[our_name(name)]
+        weight = weights[to_transformers_name(name)]
         if expected.std() == 0:  # norms, biases
             torch.testing.assert_close(weight, expected)
         else:
@@ -236,7 +239,7 @@ def test_three_branches_equal_timm_stage_by_stage():
                 norm.eps = config.layer_norm_eps
         prefix = f"blocks.{stage}."
         weights = model.state_dict()
-        block.load_state_dict({name: weights[our_name(prefix + name)] for name in block.state_dict()})
+        block.load_state_dict({name: weights[to_transformers_name(prefix + name)] for name in block.state_dict()})
         for tokens, expected in zip(states[stage + 1], block.eval()(states[stage])):
             torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=1e-5)
 

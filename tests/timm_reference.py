@@ -1,55 +1,15 @@
 """The reference of the tests: timm's CrossViT, and the same weights under our names."""
 
-import re
-
 import timm
 import torch
 from timm.models.crossvit import CrossVit
+from weight_names import to_transformers_name
 
 from crossvit import CrossViTConfig
 
 
-# timm's names -> ours; the first row that matches the whole name
-WEIGHT_NAMES = [
-    (r"cls_token_(\d+)", r"crossvit.embeddings.\1.cls_token"),
-    (r"pos_embed_(\d+)", r"crossvit.embeddings.\1.position_embeddings"),
-    (r"patch_embed\.(\d+)\.proj\.(weight|bias)", r"crossvit.embeddings.\1.patch_embeddings.projection.\2"),
-    (r"patch_embed\.(\d+)\.proj\.0\.(.+)", r"crossvit.embeddings.\1.patch_embeddings.convolutions.0.\2"),
-    (r"patch_embed\.(\d+)\.proj\.2\.(.+)", r"crossvit.embeddings.\1.patch_embeddings.convolutions.1.\2"),
-    (r"patch_embed\.(\d+)\.proj\.4\.(.+)", r"crossvit.embeddings.\1.patch_embeddings.convolutions.2.\2"),
-    (r"blocks\.(\d+)\.blocks\.(\d+)\.(\d+)\.(.+)", r"crossvit.stages.\1.branches.\2.layers.\3.\4"),
-    (r"blocks\.(\d+)\.projs\.(\d+)\.(.+)", r"crossvit.stages.\1.fusions.\2.projection.\3"),
-    (r"blocks\.(\d+)\.revert_projs\.(\d+)\.(.+)", r"crossvit.stages.\1.fusions.\2.reverse_projection.\3"),
-    (r"blocks\.(\d+)\.fusion\.(\d+)\.(\d+)\.(.+)", r"crossvit.stages.\1.fusions.\2.layers.\3.\4"),
-    (r"blocks\.(\d+)\.fusion\.(\d+)\.(.+)", r"crossvit.stages.\1.fusions.\2.layers.0.\3"),
-    (r"norm\.(\d+)\.(.+)", r"crossvit.layernorms.\1.\2"),
-    (r"head\.(\d+)\.(.+)", r"classifier.heads.\1.\2"),
-]
-# Inside a layer, a fusion and a projection
-MODULE_NAMES = [
-    (r"(branches.+)\.norm1", r"\1.layernorm_before"),
-    (r"(branches.+)\.norm2", r"\1.layernorm_after"),
-    (r"(fusions.+)\.norm1", r"\1.layernorm"),
-    (r"(projection)\.0", r"\1.layernorm"),
-    (r"(projection)\.2", r"\1.dense"),
-    (r"attn\.qkv", "attention.qkv"),
-    (r"attn\.w([qkv])", r"attention.\1_proj"),
-    (r"attn\.proj", "attention.o_proj"),
-]
-
-
-def our_name(timm_name: str) -> str:
-    """The name of one of timm's weights in `CrossViTForImageClassification`."""
-    name = next(
-        re.sub(pattern, target, timm_name) for pattern, target in WEIGHT_NAMES if re.fullmatch(pattern, timm_name)
-    )
-    for pattern, target in MODULE_NAMES:
-        name = re.sub(pattern, target, name)
-    return name
-
-
 def our_state_dict(timm_model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {our_name(name): weight for name, weight in timm_model.state_dict().items()}
+    return {to_transformers_name(name): weight for name, weight in timm_model.state_dict().items()}
 
 
 def perturb(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:

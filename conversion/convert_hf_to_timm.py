@@ -1,0 +1,120 @@
+"""
+Converts a CrossViT checkpoint of Transformers to one of the reference: the inverse of convert_crossvit_to_hf.py.
+
+    python conversion/convert_hf_to_timm.py my-crossvit my-timm-crossvit
+    python -c "import timm; timm.create_model('local-dir:my-timm-crossvit', pretrained=True)"
+    python conversion/convert_hf_to_timm.py my-crossvit my-ibm-crossvit --format ibm
+
+OUTPUT is a folder: for timm with config.json and model.safetensors, for IBM's code with model.pth. Nothing is written
+unless timm's model takes the weights and gives the same logits.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from architecture import find_variant, nearest_variant
+from checkpoints import load_checkpoint, reference_tensors
+from commands import ConversionError, check_output, run, whole_folder
+from proof import check_differences, in_words, largest_differences, timm_options
+from safetensors.torch import save_file
+from transformers.image_utils import PILImageResampling
+from variants import VARIANTS, timm_name
+
+from crossvit import CrossViTConfig, CrossViTImageProcessor
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="a folder or repository of the Hub with a CrossViTForImageClassification")
+    parser.add_argument("output", type=Path, help="the folder to make")
+    parser.add_argument("--format", choices=("timm", "ibm"), default="timm", help="whose names the weights get")
+    parser.add_argument("--revision", help="branch, tag or commit of a repository")
+    parser.add_argument("--overwrite", action="store_true", help="replace an OUTPUT that exists")
+    options = parser.parse_args()
+
+    check_output(options.output, options.overwrite)
+    model = load_checkpoint(options.checkpoint, options.revision)
+    config = model.config
+    check_convertible(config)
+    timm_config = make_timm_config(config, load_image_processor(options.checkpoint, options.revision))
+    if timm_config is None and options.format == "timm":
+        raise ConversionError(f"timm cannot build a model of this shape ({nearest_variant(config)}); IBM's code might")
+    tensors = reference_tensors(model, options.format)
+    found = largest_differences(model, reference_tensors(model))
+    check_differences(found)
+
+    with whole_folder(options.output, options.overwrite) as folder:
+        if options.format == "timm":
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+            (folder / "config.json").write_text(json.dumps(timm_config, indent=2) + "\n", encoding="utf-8")
+        else:
+            torch.save(tensors, folder / "model.pth")
+    print(f"{options.output}: {len(tensors)} tensors, {in_words(found)}")
+
+
+def check_convertible(config: CrossViTConfig):
+    """Raises `ConversionError` for a model that the reference's code would run otherwise, or not at all."""
+    for name, value in (("hidden_act", "gelu"), ("layer_norm_eps", 1e-6)):
+        if getattr(config, name) != value:
+            raise ConversionError(f"the model has {name} {getattr(config, name)}, the reference has {value} alone")
+    if any(0 in layers for *layers, _ in config.depth):
+        raise ConversionError(
+            f"the reference cannot run a branch without layers in a stage, as in depth {config.depth}"
+        )
+
+
+def load_image_processor(checkpoint: str, revision: str | None) -> Any:
+    try:
+        return CrossViTImageProcessor.from_pretrained(checkpoint, revision=revision)
+    except OSError as error:
+        raise ConversionError(f"{checkpoint} has no image processor (preprocessor_config.json)") from error
+
+
+def make_timm_config(config: CrossViTConfig, processor: Any) -> dict[str, Any] | None:
+    """The config.json of timm for a model and its image processor, or `None` if timm cannot build the model."""
+    variant = find_variant(config)
+    options = timm_options(config)
+    if options is None:
+        return None
+    first_conv = "patch_embed.{}.proj.0" if config.multi_conv else "patch_embed.{}.proj"
+    height, width = config.image_sizes[0]
+    timm_config: dict[str, Any] = {
+        "architecture": timm_name(variant or VARIANTS["crossvit_15_dagger" if config.multi_conv else "crossvit_15"]),
+        "num_classes": config.num_labels,
+        "num_features": sum(config.embed_dim),
+        "pretrained_cfg": {
+            "num_classes": config.num_labels,
+            "input_size": [config.num_channels, height, width],
+            "fixed_input_size": True,
+            "crop_pct": crop_share(processor),
+            "crop_mode": "center" if processor.size.shortest_edge else "squash",
+            "interpolation": PILImageResampling(processor.resample).name.lower(),
+            "mean": list(processor.image_mean),
+            "std": list(processor.image_std),
+            "first_conv": [first_conv.format(0), first_conv.format(1)],
+            "classifier": ["head.0", "head.1"],
+        },
+    }
+    id2label: Any = config.id2label
+    names = [id2label[index] for index in range(config.num_labels)]
+    if names != [f"LABEL_{index}" for index in range(config.num_labels)]:
+        timm_config["label_names"] = names
+    if variant is None:
+        timm_config["model_args"] = options
+    return timm_config
+
+
+def crop_share(processor: Any) -> float:
+    """timm's `crop_pct`: the share of the resized image that the crop keeps, from which timm computes the former."""
+    if not processor.size.shortest_edge:
+        return 1.0
+    side, edge = processor.crop_size.height, processor.size.shortest_edge
+    return next(share for share in (1.0, 0.875, side / (edge + 0.5)) if math.floor(side / share) == edge)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,373 @@
+"""Where weights of the reference come from: the Hub, a URL, a folder or a file, read without executing anything."""
+
+import argparse
+import difflib
+import hashlib
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from commands import ConversionError, some
+from filelock import FileLock
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_hf_file_metadata,
+    get_session,
+    hf_hub_download,
+    hf_hub_url,
+    hf_raise_for_status,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import build_hf_headers, validate_repo_id
+from memory import page_out
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers.utils.hub import extract_commit_hash
+from variants import IBM_RELEASE, VARIANTS
+
+
+# A CrossViT has some 300 tensors, whose names and shapes take 40 kB
+MAX_SAFETENSORS_HEADER = 10_000_000
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar")
+
+
+@dataclass
+class Source:
+    """A file of weights on this machine, and what is known about it."""
+
+    path: Path
+    # What to tell others of it: no path of this machine
+    record: dict[str, str]
+    # The entry of variants.json whose published weights these are
+    published: dict[str, Any] | None = None
+    # The config.json beside the weights in a folder or repository of timm's
+    timm_config: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{key} {value}" for key, value in self.record.items())
+
+
+def add_source_options(parser: argparse.ArgumentParser):
+    """The options that say which weights of a source are meant."""
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
+    parser.add_argument("--filename", help="the file of weights in a Hub repository or folder that has several")
+    parser.add_argument("--sha256", help="refuse weights whose file has another SHA-256")
+    parser.add_argument("--entry", help="which weights of a training checkpoint: model, model_ema, state_dict, ...")
+
+
+def find_source(source: str, revision: str | None = None, filename: str | None = None) -> Source:
+    """
+    Finds the weights that `source` names and downloads them if need be, with a progress bar; a download that was cut
+    is resumed.
+
+    Args:
+        source (`str`): a name of variants.json (timm's weights), a repository of the Hub, an https URL, or the path of
+            a file or folder.
+        revision (`str`, *optional*): branch, tag or commit of a repository.
+        filename (`str`, *optional*): the file in a repository or folder.
+
+    Raises:
+        `ConversionError`: for what is none of these.
+    """
+    if source in VARIANTS:
+        return find_on_hub(VARIANTS[source]["timm_id"], revision, filename)
+    if re.match(r"https?://", source):
+        return find_at_url(source)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return find_in_folder(path, filename)
+    if path.exists():
+        return Source(path, {"file": path.name})
+    if source.count("/") == 1 and not source.startswith((".", "/", "~")) and path.suffix not in WEIGHT_SUFFIXES:
+        return find_on_hub(source, revision, filename)
+    similar = difflib.get_close_matches(source, VARIANTS, n=3, cutoff=0.5) or list(VARIANTS)
+    raise ConversionError(
+        f"there is no file or folder {source!r}, and it is no URL, repository (owner/name) or variant: did you mean"
+        f" {some(similar, len(VARIANTS))}?"
+    )
+
+
+def choose_weights(names: list[str], filename: str | None, place: str) -> str:
+    """The file of weights among the files of a folder or repository."""
+    if filename:
+        if filename not in names:
+            raise ConversionError(f"{place} has no {filename}, only {some(sorted(names), 10)}")
+        return filename
+    candidates = sorted(name for name in names if name.endswith(WEIGHT_SUFFIXES))
+    if "model.safetensors" in candidates:
+        return "model.safetensors"
+    if len(candidates) != 1:
+        found = f"several: {some(candidates, 10)}" if candidates else "none"
+        raise ConversionError(f"{place} must have a file of weights, and has {found}; choose with --filename")
+    return candidates[0]
+
+
+def check_timm_config(config: Any, place: str) -> dict[str, Any]:
+    """The contents of a config.json as timm writes them, or nothing if it is not timm's."""
+    if not isinstance(config, dict):
+        raise ConversionError(f"config.json of {place} is no JSON object")
+    if "model_type" in config:
+        raise ConversionError(
+            f"{place} is a checkpoint of Transformers already, of model type {config['model_type']!r}, none of the"
+            " reference's"
+        )
+    architecture = config.get("architecture")
+    if architecture is not None and not str(architecture).startswith("crossvit"):
+        raise ConversionError(f"config.json of {place} says that it is a {architecture}, no CrossViT")
+    return config if architecture is not None else {}
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConversionError(f"{path} is no JSON: {error}") from error
+
+
+def find_in_folder(folder: Path, filename: str | None) -> Source:
+    name = choose_weights([path.name for path in folder.iterdir() if path.is_file()], filename, str(folder))
+    config_path = folder / "config.json"
+    config = check_timm_config(read_json(config_path), str(folder)) if config_path.exists() else {}
+    return Source(folder / name, {"file": name}, timm_config=config)
+
+
+def find_on_hub(repo_id: str, revision: str | None, filename: str | None) -> Source:
+    published = next((variant for variant in VARIANTS.values() if variant["timm_id"] == repo_id), None)
+    try:
+        validate_repo_id(repo_id)
+        if filename is None:
+            # timm's own need no listing, and so no network when they are in the cache
+            names = ["model.safetensors"] if published else HfApi().list_repo_files(repo_id, revision=revision)
+            filename = choose_weights(names, None, repo_id)
+        path, commit = download_from_hub(repo_id, filename, revision)
+        # The other file of the same commit, should the repository change right now
+        try:
+            config_path = hf_hub_download(repo_id, "config.json", revision=commit)
+            config = check_timm_config(read_json(Path(config_path)), repo_id)
+        except EntryNotFoundError:
+            config = {}
+    except HFValidationError as error:
+        raise ConversionError(f"{repo_id!r} is no file, variant or repository: {error}") from error
+    except RevisionNotFoundError as error:
+        raise ConversionError(f"{repo_id} has no revision {revision!r}") from error
+    except RepositoryNotFoundError as error:
+        raise ConversionError(
+            f"there is no file {repo_id!r}, and no repository of that name on the Hub that you may read"
+        ) from error
+    except EntryNotFoundError as error:
+        raise ConversionError(f"{repo_id} has no {filename}: {error}") from error
+    return Source(path, {"repository": repo_id, "revision": commit, "file": filename}, published, config)
+
+
+def download_from_hub(repo_id: str, filename: str, revision: str | None) -> tuple[Path, str]:
+    """
+    The file of a repository and its commit. From the client's cache if it is there. It is not the client that
+    downloads it, since the client begins anew when its process was killed.
+    """
+    if constants.HF_HUB_OFFLINE:
+        cached_path = hf_hub_download(repo_id, filename, revision=revision)
+        return Path(cached_path), str(extract_commit_hash(cached_path, None))
+    url = hf_hub_url(repo_id, filename, revision=revision)
+    metadata = get_hf_file_metadata(url)
+    cached = try_to_load_from_cache(repo_id, filename, revision=metadata.commit_hash)
+    if isinstance(cached, str):
+        return Path(cached), metadata.commit_hash
+    headers = build_hf_headers() if metadata.location == url else None  # the token is for the Hub alone
+    path = download(metadata.location, filename, metadata.size, metadata.etag, headers)
+    return path, metadata.commit_hash
+
+
+def find_at_url(url: str) -> Source:
+    if not url.startswith("https://"):
+        raise ConversionError(f"{url} is not encrypted, anybody on the way could change the weights: use https")
+    published = next((variant for variant in VARIANTS.values() if url == IBM_RELEASE + variant["ibm_file"]), None)
+    response = get_session().head(url, follow_redirects=True)
+    hf_raise_for_status(response)
+    # Only an ETag tells that the rest of a download belongs to its beginning
+    etag = response.headers.get("etag") if response.headers.get("accept-ranges") == "bytes" else None
+    size = response.headers.get("content-length")
+    name = Path(urlsplit(url).path).name or "weights"
+    return Source(download(url, name, int(size) if size else None, etag), {"url": url}, published)
+
+
+def download(url: str, name: str, size: int | None, etag: str | None, headers: dict[str, str] | None = None) -> Path:
+    """
+    Downloads a file, with a progress bar, and keeps it with the files of huggingface_hub. One that is there with the
+    same `etag` is not downloaded again, and one that was cut is resumed.
+    """
+    folder = Path(constants.HF_HOME) / "crossvit"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{hashlib.sha256(f'{name} {etag or url}'.encode()).hexdigest()[:16]}-{Path(name).name}"
+    incomplete = path.with_name(f"{path.name}.incomplete")
+    with FileLock(f"{path}.lock"):
+        if etag is None:
+            path.unlink(missing_ok=True)
+            incomplete.unlink(missing_ok=True)
+        if not path.exists():
+            with open(incomplete, "ab") as file:
+                http_get(
+                    url,
+                    file,
+                    resume_size=file.tell(),
+                    headers=headers,
+                    expected_size=size,
+                    displayed_filename=name,
+                )
+            # The Hub's ETags of weights are their SHA-256
+            if etag and re.fullmatch("[0-9a-f]{64}", etag) and file_sha256(incomplete) != etag:
+                incomplete.unlink()
+                raise ConversionError(f"{name} was damaged on its way here: try again")
+            incomplete.rename(path)
+    return path
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_sha256(path: Path, expected: str | None) -> str:
+    """The SHA-256 of a file; raises `ConversionError` if it is not the expected one."""
+    digest = file_sha256(path)
+    if expected is not None and digest != expected.lower():
+        raise ConversionError(f"{path.name} has the SHA-256 {digest}, not {expected.lower()}")
+    return digest
+
+
+def read_tensors(path: Path, entry: str | None = None) -> tuple[dict[str, torch.Tensor], str | None]:
+    """
+    Reads the tensors of a file of safetensors or of torch's, told by its content. They stay on the disk until they are
+    used. Pickles are read by torch's restricted reader, which makes tensors and plain data and calls nothing.
+
+    Args:
+        path (`Path`): the file.
+        entry (`str`, *optional*): which weights of a training checkpoint.
+
+    Returns:
+        `tuple[dict[str, torch.Tensor], str | None]`: the tensors by name, and the entry that they were in, if any.
+
+    Raises:
+        `ConversionError`: for a file that is damaged, harmful or no file of weights, and for one that has several sets
+            of weights of which none was chosen.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        magic = file.read(64)
+    if magic[8:9] == b"{":
+        tensors, entry = read_safetensors(path, int.from_bytes(magic[:8], "little"), size), None
+    elif magic.startswith((b"PK\x03\x04", b"\x80\x02")):
+        tensors, entry = choose_entry(read_pickle(path, zipped=magic.startswith(b"PK")), entry)
+    elif magic.startswith(b"version https://git-lfs"):
+        raise ConversionError(f"{path.name} is a pointer of Git LFS, not the weights: fetch them with 'git lfs pull'")
+    else:
+        raise ConversionError(
+            f"{path.name} is neither a file of safetensors nor one of torch.save: it is {size} bytes long and begins"
+            f" with {magic[:16]!r}"
+        )
+    if sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) > size:
+        raise ConversionError(f"{path.name} claims more weights than its {size} bytes can hold")
+    return tensors, entry
+
+
+def read_safetensors(path: Path, header_size: int, size: int) -> dict[str, torch.Tensor]:
+    if header_size > min(size - 8, MAX_SAFETENSORS_HEADER):
+        raise ConversionError(
+            f"{path.name} is truncated or no file of safetensors: it claims a header of {header_size} bytes, and the"
+            f" file has {size}"
+        )
+
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if duplicates := {name for name in names if names.count(name) > 1}:
+            raise ConversionError(f"{path.name} has two tensors or fields named {some(sorted(duplicates))}")
+        return dict(pairs)
+
+    with open(path, "rb") as file:
+        file.seek(8)
+        try:
+            json.loads(file.read(header_size), object_pairs_hook=refuse_duplicates)
+        except (ValueError, RecursionError) as error:
+            raise ConversionError(f"{path.name} is damaged: its header is no JSON, {error}") from error
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ConversionError(f"{path.name} is damaged or truncated: {error}") from error
+
+
+def read_pickle(path: Path, zipped: bool) -> Any:
+    try:
+        # The archives of torch.save are not compressed: one that is could be a bomb
+        if zipped and any(record.compress_type != zipfile.ZIP_STORED for record in zipfile.ZipFile(path).infolist()):
+            raise ConversionError(f"{path.name} is a compressed archive, none of torch.save's")
+        # The options of the reference's training script, plain values in an object without behavior
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        harmful = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if harmful and "Unsupported global" in str(error):
+            raise ConversionError(
+                f"{path.name} is refused and nothing of it was run: its pickle asks for {harmful[1]}, which weights do"
+                " not need"
+            ) from error
+        raise ConversionError(f"{path.name} is refused: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConversionError(f"{path.name} is damaged or truncated: {reason}") from error
+
+
+def is_state_dict(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and len(value) > 0
+        and all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items())
+    )
+
+
+def choose_entry(checkpoint: Any, entry: str | None) -> tuple[dict[str, torch.Tensor], str | None]:
+    """The weights of what was pickled: a state dict, or a training checkpoint with state dicts among its entries."""
+    if is_state_dict(checkpoint):
+        if entry is not None:
+            raise ConversionError(f"it holds weights and no entries, hence no --entry {entry}")
+        return dict(checkpoint), None
+    if not isinstance(checkpoint, Mapping):
+        raise ConversionError(f"it holds a {type(checkpoint).__name__}, no weights")
+    candidates = [name for name, value in checkpoint.items() if is_state_dict(value)]
+    if entry is None and len(candidates) == 1:
+        entry = candidates[0]
+    if entry not in candidates:
+        if not candidates:
+            raise ConversionError(f"none of its entries are weights: {some(checkpoint, 10)}")
+        chosen = f"not under {entry!r}" if entry else "under several names"
+        raise ConversionError(f"it holds weights under {some(candidates, 10)}, {chosen}: choose one with --entry")
+    return dict(checkpoint[entry]), entry
+
+
+def check_values(tensors: Mapping[str, torch.Tensor]):
+    """Raises `ConversionError` for what cannot be weights: other layouts and types than dense floats, NaN and Inf."""
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.dtype not in (
+            torch.float16,
+            torch.bfloat16,
+            torch.float32,
+            torch.float64,
+        ):
+            raise ConversionError(f"{name} has {tensor.dtype} values, no weights of 16, 32 or 64 bits")
+        if not tensor.isfinite().all():
+            values = "NaN" if tensor.isnan().any() else "infinite values"
+            raise ConversionError(f"{name} has {values}: the weights are damaged")
+        page_out(tensor)
