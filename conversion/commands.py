@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub.errors import HTTPError
+from safetensors import SafetensorError
 
 
 class ConversionError(Exception):
@@ -29,7 +30,7 @@ def run(command: Callable[[], None]):
         command()
     except KeyboardInterrupt:
         sys.exit(fail("interrupted", 130))
-    except (ConversionError, HTTPError, OSError) as error:
+    except (ConversionError, HTTPError, OSError, SafetensorError) as error:
         sys.exit(fail(" ".join(str(error).split()) or type(error).__name__))
 
 

@@ -40,15 +40,15 @@ def main():
     model = load_checkpoint(options.checkpoint, options.revision)
     config = model.config
     check_convertible(config)
-    timm_config = make_timm_config(config, load_image_processor(options.checkpoint, options.revision))
-    if timm_config is None and options.format == "timm":
-        raise ConversionError(f"timm cannot build a model of this shape ({nearest_variant(config)}); IBM's code might")
-    tensors = reference_tensors(model, options.format)
     found = largest_differences(model, reference_tensors(model))
+    if found is None and options.format == "timm":
+        raise ConversionError(f"timm cannot build a model of this shape ({nearest_variant(config)}); see --format ibm")
     check_differences(found)
 
+    tensors = reference_tensors(model, options.format)
     with whole_folder(options.output, options.overwrite) as folder:
         if options.format == "timm":
+            timm_config = make_timm_config(config, load_image_processor(options.checkpoint, options.revision))
             save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
             (folder / "config.json").write_text(json.dumps(timm_config, indent=2) + "\n", encoding="utf-8")
         else:
@@ -74,12 +74,9 @@ def load_image_processor(checkpoint: str, revision: str | None) -> Any:
         raise ConversionError(f"{checkpoint} has no image processor (preprocessor_config.json)") from error
 
 
-def make_timm_config(config: CrossViTConfig, processor: Any) -> dict[str, Any] | None:
-    """The config.json of timm for a model and its image processor, or `None` if timm cannot build the model."""
+def make_timm_config(config: CrossViTConfig, processor: Any) -> dict[str, Any]:
+    """The config.json of timm for a model and its image processor."""
     variant = find_variant(config)
-    options = timm_options(config)
-    if options is None:
-        return None
     first_conv = "patch_embed.{}.proj.0" if config.multi_conv else "patch_embed.{}.proj"
     height, width = config.image_sizes[0]
     timm_config: dict[str, Any] = {
@@ -104,7 +101,7 @@ def make_timm_config(config: CrossViTConfig, processor: Any) -> dict[str, Any] |
     if names != [f"LABEL_{index}" for index in range(config.num_labels)]:
         timm_config["label_names"] = names
     if variant is None:
-        timm_config["model_args"] = options
+        timm_config["model_args"] = timm_options(config)
     return timm_config
 
 

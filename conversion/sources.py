@@ -318,14 +318,17 @@ def read_pickle(path: Path, zipped: bool) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
-        harmful = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if harmful and "Unsupported global" in str(error):
+        if harmful := re.search(r"unsupported global:?(?: GLOBAL)? ([\w.]+)", str(error), re.IGNORECASE):
             raise ConversionError(
                 f"{path.name} is refused and nothing of it was run: its pickle asks for {harmful[1]}, which weights do"
                 " not need"
             ) from error
-        raise ConversionError(f"{path.name} is refused: {str(error).splitlines()[0]}") from error
-    except (RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+        details = re.search(r"WeightsUnpickler error: (.+)", str(error))
+        raise ConversionError(f"{path.name} is refused or truncated: {details[1] if details else error}") from error
+    except (
+        *(AttributeError, EOFError, LookupError, RuntimeError, SafetensorError, TypeError, ValueError),
+        zipfile.BadZipFile,
+    ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConversionError(f"{path.name} is damaged or truncated: {reason}") from error
 

@@ -85,7 +85,7 @@ def to_timm_names(names: Iterable[str]) -> tuple[str, dict[str, str]]:
         `tuple[str, dict[str, str]]`: the key of the format in `FORMATS`, and timm's name for each of `names`.
 
     Raises:
-        `ConversionError`: for names that are not all those of one format, or that mean the same weight.
+        `ConversionError`: for names that are not all those of one format.
     """
     names = list(names)
     prefix = ""
@@ -102,7 +102,7 @@ def to_timm_names(names: Iterable[str]) -> tuple[str, dict[str, str]]:
     timm_names = recognised[format_name]
 
     unknown = [name for name in names if name not in timm_names]
-    if len(unknown) > len(names) / 2:
+    if len(timm_names) <= len(unknown):
         raise ConversionError(
             f"this is no CrossViT: {len(unknown)} of its {len(names)} tensors have names that no CrossViT has, such as"
             f" {some(unknown)}"
@@ -112,11 +112,6 @@ def to_timm_names(names: Iterable[str]) -> tuple[str, dict[str, str]]:
             f"it looks most like {format_name}'s CrossViT, which has no {some(unknown)}: such tensors are refused, not"
             " dropped"
         )
-    by_timm_name: dict[str, str] = {}
-    for name, timm_name in timm_names.items():
-        if timm_name in by_timm_name:
-            raise ConversionError(f"{by_timm_name[timm_name]} and {name} are the same weight twice")
-        by_timm_name[timm_name] = name
     return format_name, timm_names
 
 

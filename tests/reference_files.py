@@ -1,0 +1,48 @@
+"""Checkpoints of the reference for the tests of the conversion: timm's models, saved as their users hold them."""
+
+import json
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models.crossvit import CrossVit
+from timm_reference import perturb
+from variants import VARIANTS, timm_name
+from weight_names import FORMATS, WEIGHT_NAMES, translations
+
+
+# Two small branches that differ in every number. The heads are 2 and 4, which only the user can know.
+SMALL = {
+    "img_size": 36,
+    "img_scale": (1.0, 32 / 36),
+    "patch_size": (6, 8),
+    "embed_dim": (24, 32),
+    "depth": ((1, 2, 0), (2, 2, 0)),
+    "num_heads": (2, 4),
+    "mlp_ratio": (2.0, 3.0),
+    "num_classes": 5,
+}
+
+
+def small_timm(**options) -> CrossVit:
+    return perturb(CrossVit(**{**SMALL, **options})).eval()
+
+
+def timm_variant(name: str, **options) -> torch.nn.Module:
+    return perturb(timm.create_model(timm_name(VARIANTS[name]), **options)).eval()
+
+
+def renamed(model: torch.nn.Module, format_name: str) -> dict[str, torch.Tensor]:
+    """The weights of a model of timm's by the names of another format."""
+    rows = [(template, FORMATS[format_name].get(template, template)) for template in WEIGHT_NAMES]
+    return {next(translations(name, rows)): weight for name, weight in model.state_dict().items()}
+
+
+def save_timm_folder(model: torch.nn.Module, folder: Path, architecture: str, **config) -> Path:
+    """A folder as timm publishes it."""
+    folder.mkdir(parents=True)
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    contents = {"architecture": architecture, "num_classes": model.num_classes, "pretrained_cfg": {}, **config}
+    (folder / "config.json").write_text(json.dumps(contents))
+    return folder
