@@ -9,12 +9,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from safetensors import SafetensorError
 
 
 class ConversionError(Exception):
     """What the user did, gave or met, in one line."""
+
+
+# What can go wrong outside this program: the user's input, the network, the Hub, the disk
+EXPECTED_ERRORS = (ConversionError, HTTPError, OSError, SafetensorError)
 
 
 def some(names: Iterable[object], limit: int = 3) -> str:
@@ -30,8 +34,15 @@ def run(command: Callable[[], None]):
         command()
     except KeyboardInterrupt:
         sys.exit(fail("interrupted", 130))
-    except (ConversionError, HTTPError, OSError, SafetensorError) as error:
-        sys.exit(fail(" ".join(str(error).split()) or type(error).__name__))
+    except EXPECTED_ERRORS as error:
+        sys.exit(fail(in_one_line(error)))
+
+
+def in_one_line(error: Exception) -> str:
+    message = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, HTTPError) and not isinstance(error, HfHubHTTPError):
+        return f"the connection to {error.request.url.host} failed, try again later: {message}"
+    return message
 
 
 def fail(message: str, status: int = 1) -> int:

@@ -13,10 +13,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from commands import ConversionError, run
+from commands import EXPECTED_ERRORS, ConversionError, in_one_line, run
 from convert_crossvit_to_hf import convert
-from huggingface_hub.errors import HTTPError
-from publishing import Repository, add_repository_options
+from publishing import Repository, add_repository_options, check_namespace
 from reference_checkpoint import read_reference
 from tqdm import tqdm
 from variants import VARIANTS
@@ -34,6 +33,7 @@ def main():
     )
     options = parser.parse_args()
 
+    check_namespace(f"{options.namespace}/{options.variants[0]}")
     failed = []
     with tempfile.TemporaryDirectory(prefix="crossvit-") as folder:
         for name in tqdm(options.variants, desc="checkpoints"):
@@ -42,8 +42,8 @@ def main():
                 repository = Repository(repo_id, options.private, options.overwrite)
                 convert(read_reference(name, options), output, repo_id=repo_id)
                 tqdm.write(repository.publish(output))
-            except (ConversionError, HTTPError, OSError) as error:
-                tqdm.write(f"{repo_id}: failed, {' '.join(str(error).split())}")
+            except EXPECTED_ERRORS as error:
+                tqdm.write(f"{repo_id}: failed, {in_one_line(error)}")
                 failed.append(name)
             finally:
                 shutil.rmtree(output, ignore_errors=True)

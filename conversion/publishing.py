@@ -25,6 +25,23 @@ def add_repository_options(parser: argparse.ArgumentParser):
     parser.add_argument("--private", action="store_true", help="make a new repository private")
 
 
+def check_namespace(repo_id: str):
+    """Raises `ConversionError` unless the token on this machine may write to the owner of `repo_id` (owner/name)."""
+    try:
+        user = HfApi().whoami()
+    except LocalTokenNotFoundError as error:
+        raise ConversionError("there is no token of the Hub on this machine: run 'hf auth login'") from error
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code == 401:
+            raise ConversionError("the Hub does not know the token: run 'hf auth login' again") from error
+        raise
+    namespaces = [user["name"], *(organization["name"] for organization in user.get("orgs", []))]
+    if repo_id.count("/") != 1 or repo_id.split("/")[0] not in namespaces:
+        raise ConversionError(
+            f"{repo_id} is no repository of yours: the owner (owner/name) must be one of {some(namespaces, 10)}"
+        )
+
+
 class Repository:
     """
     A repository of the Hub to publish a checkpoint in. It is looked at when this object is made, so that a wrong
@@ -37,19 +54,7 @@ class Repository:
     def __init__(self, repo_id: str, private: bool = False, overwrite: bool = False):
         self.repo_id, self.private, self.overwrite = repo_id, private, overwrite
         self.api = HfApi()
-        try:
-            user = self.api.whoami()
-        except LocalTokenNotFoundError as error:
-            raise ConversionError("there is no token of the Hub on this machine: run 'hf auth login'") from error
-        except HfHubHTTPError as error:
-            if error.response is not None and error.response.status_code == 401:
-                raise ConversionError("the Hub does not know the token: run 'hf auth login' again") from error
-            raise
-        namespaces = [user["name"], *(organization["name"] for organization in user.get("orgs", []))]
-        if repo_id.count("/") != 1 or repo_id.split("/")[0] not in namespaces:
-            raise ConversionError(
-                f"{repo_id} is no repository of yours: the owner (owner/name) must be one of {some(namespaces, 10)}"
-            )
+        check_namespace(repo_id)
         self.info = self.find()
         files = published_files(self.info)
         if files and RECORD_NAME not in files and not overwrite:

@@ -29,6 +29,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -159,7 +160,9 @@ def find_on_hub(repo_id: str, revision: str | None, filename: str | None) -> Sou
         try:
             config_path = hf_hub_download(repo_id, "config.json", revision=commit)
             config = check_timm_config(read_json(Path(config_path)), repo_id)
-        except EntryNotFoundError:
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError) and not published:
+                raise
             config = {}
     except HFValidationError as error:
         raise ConversionError(f"{repo_id!r} is no file, variant or repository: {error}") from error
@@ -169,8 +172,12 @@ def find_on_hub(repo_id: str, revision: str | None, filename: str | None) -> Sou
         raise ConversionError(
             f"there is no file {repo_id!r}, and no repository of that name on the Hub that you may read"
         ) from error
+    except LocalEntryNotFoundError as error:
+        raise ConversionError(
+            f"{repo_id} is not in the cache, or not all of it, and HF_HUB_OFFLINE keeps it from being downloaded"
+        ) from error
     except EntryNotFoundError as error:
-        raise ConversionError(f"{repo_id} has no {filename}: {error}") from error
+        raise ConversionError(f"{repo_id} has no {filename}") from error
     return Source(path, {"repository": repo_id, "revision": commit, "file": filename}, published, config)
 
 
