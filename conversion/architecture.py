@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from commands import ConversionError, some
+from commands import ConversionError, positive_int, some
 from huggingface_hub.errors import StrictDataclassError
 from variants import VARIANTS, variant_config
 from weight_names import from_transformers_name
@@ -30,11 +30,13 @@ def size_of_branch(text: str) -> int | tuple[int, int]:
 
 def add_architecture_options(parser: argparse.ArgumentParser):
     """The options for what the tensors do not decide."""
-    parser.add_argument("--num-heads", type=int, nargs="+", help="attention heads of each branch")
+    parser.add_argument("--num-heads", type=positive_int, nargs="+", help="attention heads of each branch")
     parser.add_argument(
         "--image-size", type=size_of_branch, nargs="+", help="image size of each branch, N or HEIGHTxWIDTH"
     )
-    parser.add_argument("--patch-size", type=int, nargs="+", help="patch size of each branch of a dagger variant")
+    parser.add_argument(
+        "--patch-size", type=positive_int, nargs="+", help="patch size of each branch of a dagger variant"
+    )
 
 
 def find_variant(config: CrossViTConfig) -> dict[str, Any] | None:
@@ -62,13 +64,14 @@ def nearest_variant(config: CrossViTConfig) -> str:
         ((name, differences(config, variant_config(variant))) for name, variant in VARIANTS.items()),
         key=lambda candidate: len(candidate[1]),
     )
-    return f"{name}, with {', '.join(found)}" if found else name
+    return f"{name}, with {some(found, 2)}" if found else name
 
 
 def count(shapes: Shapes, name: str) -> int:
-    """How many indices the tensors have where `name` has a `*`."""
+    """How many indices, from 0 on, the tensors have where `name` has a `*`."""
     pattern = re.compile(re.escape(name).replace(r"\*", r"(\d+)") + r"(?:\..+)?")
-    return 1 + max((int(match[1]) for match in map(pattern.fullmatch, shapes) if match), default=-1)
+    indices = {match[1] for match in map(pattern.fullmatch, shapes) if match}
+    return next(index for index in range(len(indices) + 1) if str(index) not in indices)
 
 
 def shape(shapes: Shapes, name: str, form: str) -> tuple[int, ...]:
@@ -101,7 +104,8 @@ def infer_config(
     branches = count(shapes, "cls_token_*")
     stages = count(shapes, "blocks.*")
     if branches < 2 or stages < 1:
-        raise ConversionError(f"it has {branches} branches (cls_token_0, cls_token_1, ...) and {stages} stages")
+        missing = f"cls_token_{branches}" if branches < 2 else "blocks.0"
+        raise ConversionError(f"{missing} is missing: the file is no whole CrossViT classifier")
     for name, values in (("num-heads", num_heads), ("image-size", image_size), ("patch-size", patch_size)):
         if values is not None and len(values) != branches:
             raise ConversionError(
@@ -163,10 +167,11 @@ def infer_config(
         else:
             size = image_size[b]
             height, width = (size, size) if isinstance(size, int) else size
+            image_sizes[b] = height if height == width else (height, width)
             if (height // patch) * (width // patch) != patches:
                 raise ConversionError(
-                    f"branch {b} has {patches} patches of {patch}x{patch} pixels, and --image-size {height}x{width}"
-                    f" makes {height // patch}x{width // patch}"
+                    f"branch {b} has {patches} patches of {patch}x{patch} pixels, and an image size of"
+                    f" {height}x{width} makes {height // patch}x{width // patch}"
                 )
 
     options: dict[str, Any] = {
@@ -202,15 +207,18 @@ def expected_shapes(config: CrossViTConfig) -> dict[str, tuple[int, ...]]:
 
 def check_shapes(shapes: Shapes, config: CrossViTConfig):
     """Raises `ConversionError` unless the tensors are exactly those of a model with `config`."""
-    expected = expected_shapes(config)
+    if found := mismatches(shapes, expected_shapes(config)):
+        raise ConversionError(f"it {found}; it looks most like {nearest_variant(config)}")
+
+
+def mismatches(shapes: Shapes, expected: Shapes) -> str:
+    """Where tensors are not the expected ones, in words, or nothing."""
     missing = [name for name in expected if name not in shapes]
     extra = [name for name in shapes if name not in expected]
     wrong = [
-        f"{name} ({tuple(shapes[name])} instead of {expected[name]})"
+        f"{name} ({tuple(shapes[name])} instead of {tuple(expected[name])})"
         for name in expected
-        if name in shapes and tuple(shapes[name]) != expected[name]
+        if name in shapes and tuple(shapes[name]) != tuple(expected[name])
     ]
     problems = [("misses", missing), ("has besides", extra), ("has in another shape", wrong)]
-    found = "; ".join(f"{problem} {some(names)}" for problem, names in problems if names)
-    if found:
-        raise ConversionError(f"it looks most like {nearest_variant(config)}, but {found}")
+    return "; ".join(f"{problem} {some(names)}" for problem, names in problems if names)

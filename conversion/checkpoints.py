@@ -1,51 +1,64 @@
 """Checkpoints of Transformers, as the commands read them."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from commands import ConversionError
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from commands import ConversionError, in_one_line, some
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HTTPError
+from sources import of_one_type, read_tensors
 from weight_names import from_transformers_name
 
 from crossvit import CrossViTConfig, CrossViTForImageClassification
 
 
-def load_checkpoint(checkpoint: str, revision: str | None = None) -> CrossViTForImageClassification:
-    """
-    Loads a classifier from a folder or repository, whole, with safetensors alone and in the type of its weights.
+FILES = ["config.json", "model.safetensors", "preprocessor_config.json"]
 
-    Raises:
-        `ConversionError`: for what is no such checkpoint, or has other tensors than its config says.
-    """
-    try:
-        config = CrossViTConfig.get_config_dict(checkpoint, revision=revision)[0]
-        if config.get("model_type") != CrossViTConfig.model_type:
-            raise ConversionError(f"{checkpoint} has the model type {config.get('model_type')!r}, not 'crossvit'")
-        from_pretrained: Callable = CrossViTForImageClassification.from_pretrained
-        model, loading = from_pretrained(
-            checkpoint,
-            revision=revision,
-            dtype="auto",
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # reported below, with the other problems
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
-        raise ConversionError(f"{checkpoint} cannot be loaded: {str(error).splitlines()[0]}") from error
-    for problem, names in loading.items():
-        if names:
-            raise ConversionError(f"{checkpoint} does not fit its config.json: {problem} {sorted(names)[:3]}")
-    return model.eval()
+
+def find_checkpoint(checkpoint: str, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: the given one, or that of the files downloaded from a repository of the Hub."""
+    folder = Path(checkpoint).expanduser()
+    if not folder.exists() and checkpoint.count("/") == 1 and not checkpoint.startswith((".", "/", "~")):
+        try:
+            folder = Path(snapshot_download(checkpoint, revision=revision, allow_patterns=FILES))
+        except (HTTPError, OSError, ValueError) as error:
+            raise ConversionError(
+                f"{checkpoint} is no folder, and cannot be had from the Hub: {in_one_line(error)}"
+            ) from error
+    for name in FILES[:2]:
+        if not (folder / name).is_file():
+            raise ConversionError(f"{checkpoint} is no checkpoint of Transformers: it has no {name}")
+    return folder
 
 
 def open_checkpoint(folder: Path) -> CrossViTForImageClassification:
-    """The classifier of a folder, its weights left on the disk until they are used."""
-    with torch.device("meta"):
-        model = CrossViTForImageClassification(CrossViTConfig.from_pretrained(folder))
-    model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
+    """
+    The classifier of a folder as it is written, its weights left on the disk until they are used.
+
+    Raises:
+        `ConversionError`: for what is no sound classifier of this package.
+    """
+    tensors, _ = read_tensors(folder / "model.safetensors")
+    try:
+        config_dict, _ = CrossViTConfig.get_config_dict(folder)
+        if config_dict.get("model_type") != CrossViTConfig.model_type:
+            raise ConversionError(f"{folder} has the model type {config_dict.get('model_type')!r}, not 'crossvit'")
+        config = CrossViTConfig.from_pretrained(folder)
+        if sum(map(sum, config.depth)) > len(tensors):  # do not even try to build it
+            raise ConversionError(f"{folder} does not fit its config.json: {len(tensors)} tensors for {config.depth}")
+        with torch.device("meta"):
+            model = CrossViTForImageClassification(config)
+    except (ConversionError, OSError):
+        raise
+    except Exception as error:  # of all kinds, for what may be in a file
+        raise ConversionError(f"config.json of {folder} describes no CrossViT: {in_one_line(error)}") from error
+
+    expected = {name: weight.shape for name, weight in model.state_dict().items()}
+    wrong = [name for name in {**expected, **tensors} if name not in tensors or name not in expected]
+    wrong += [name for name in expected if name in tensors and tensors[name].shape != expected[name]]
+    if wrong:
+        raise ConversionError(f"{folder} does not fit its config.json: missing, unknown or misshapen {some(wrong)}")
+    model.load_state_dict(of_one_type(tensors), assign=True)
     return model.eval()
 
 

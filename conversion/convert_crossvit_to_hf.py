@@ -11,20 +11,21 @@ Nothing is written unless the logits equal the reference's. OUTPUT appears whole
 import argparse
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from checkpoints import open_checkpoint
-from commands import ConversionError, check_output, run, whole_folder
+from commands import ConversionError, check_output, run, some, user_path, whole_folder
 from memory import page_out
 from model_card import make_model_card
 from proof import check_differences, in_words, largest_differences
 from publishing import RECORD_NAME, Repository, add_repository_options
 from reference_checkpoint import ReferenceCheckpoint, add_reference_options, read_reference
 from sources import read_json
-from transformers.image_utils import PILImageResampling
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
 import crossvit
 from crossvit import CrossViTConfig, CrossViTImageProcessor
@@ -39,9 +40,11 @@ def main():
         help="a variant (crossvit_15: timm's weights from the Hub), a repository of the Hub, an https URL, or the path"
         " of a file or of a folder of timm's; ./NAME is always a path",
     )
-    parser.add_argument("output", type=Path, help="the folder to make")
+    parser.add_argument("output", type=user_path, help="the folder to make")
     add_reference_options(parser)
-    parser.add_argument("--labels", type=Path, help="the names of the classes: a line each, or a JSON list or object")
+    parser.add_argument(
+        "--labels", type=user_path, help="the names of the classes: a line each, or a JSON list or object"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT, and REPO, if they exist")
     parser.add_argument("--push-to-hub", metavar="REPO", help="publish OUTPUT on the Hub as REPO (owner/name)")
     add_repository_options(parser)
@@ -52,6 +55,8 @@ def main():
     if options.push_to_hub:
         repository = Repository(options.push_to_hub, options.private, options.overwrite)
     reference = read_reference(options.source, options)
+    if reference.source.path.resolve().is_relative_to(options.output.resolve()):
+        raise ConversionError(f"{options.output} holds the source and is not overwritten")
     record = convert(reference, options.output, options.labels, options.push_to_hub, options.overwrite)
     shape = record["variant"] or "a CrossViT of its own shape"
     print(f"{options.output}: {shape}, {record['tensors']} tensors, {in_words(record['largest_logit_difference'])}")
@@ -98,7 +103,7 @@ def convert(
         set_labels(model.config, reference, labels)
         model.config.save_pretrained(folder)
         # What is compared is what was written
-        differences = largest_differences(open_checkpoint(folder), reference.tensors)
+        differences = largest_differences(open_checkpoint(folder), reference.tensors, reference.source.timm_config)
         check_differences(differences)
 
         record = {
@@ -141,26 +146,28 @@ def set_labels(config: CrossViTConfig, reference: ReferenceCheckpoint, labels: P
         names = imagenet_labels()
     else:
         return
-    if len(names) != config.num_labels or len(set(names)) != len(names):
-        duplicate = next((name for name in names if names.count(name) > 1), None)
-        problem = f"{duplicate!r} twice" if duplicate is not None else f"{len(names)} names"
-        raise ConversionError(
-            f"{labels or 'config.json'} has {problem}, the model needs {config.num_labels} different ones"
-        )
+    place = labels or "label_names of config.json"
+    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
+        raise ConversionError(f"{place} is no list of names")
+    if len(names) != config.num_labels:
+        raise ConversionError(f"{place} has {len(names)} names, the model {config.num_labels} classes")
+    if duplicates := [name for name, count in Counter(names).items() if count > 1]:
+        raise ConversionError(f"{place} has the same name for several classes: {some(duplicates)}")
     config.id2label = dict(enumerate(names))
     config.label2id = {name: index for index, name in enumerate(names)}
 
 
 def read_labels(path: Path) -> list[str]:
     """The names of classes in their order: lines, a JSON list, or a JSON object from indices to names."""
-    if path.suffix != ".json":
-        return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
-    names = read_json(path)
-    if isinstance(names, dict) and sorted(names) == sorted(map(str, range(len(names)))):
-        names = [names[str(index)] for index in range(len(names))]
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ConversionError(f'{path} is neither a list ["cat", "dog"] nor an object {{"0": "cat", "1": "dog"}}')
-    return names
+    if path.suffix == ".json":
+        names = read_json(path)
+        if isinstance(names, dict):
+            names = [names.get(str(index)) for index in range(len(names))]
+        return names
+    try:
+        return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ConversionError(f"{path} is no text in UTF-8: {error}") from error
 
 
 def imagenet_labels() -> list[str]:
@@ -182,30 +189,49 @@ def make_image_processor(reference: ReferenceCheckpoint) -> CrossViTImageProcess
     preprocessing = reference.variant["preprocessing"] if reference.variant else {}
     timm_config = reference.source.timm_config.get("pretrained_cfg", {})
     height, width = config.image_sizes[0]
-    shortest_edge = preprocessing.get("resize_shortest_edge", math.floor(height / 0.875))
-    if "crop_pct" in timm_config:
-        shortest_edge = math.floor(height / timm_config["crop_pct"])
+
+    crop_pct = timm_config.get("crop_pct", 0.875)
     crop_mode = timm_config.get("crop_mode", "center")
     interpolation = timm_config.get("interpolation", "bicubic")
-    resample = getattr(PILImageResampling, interpolation.upper(), None)
-    if crop_mode not in ("center", "squash") or resample is None:
+    resample = getattr(PILImageResampling, str(interpolation).upper(), None)
+    if crop_mode not in ("center", "squash") or resample is None or not is_number(crop_pct) or not 0 < crop_pct <= 10:
         raise ConversionError(
-            f"config.json asks for crop_mode {crop_mode!r} and interpolation {interpolation!r}, for which the image"
-            " processor has no counterpart"
+            f"config.json asks for crop_mode {crop_mode!r}, crop_pct {crop_pct!r} and interpolation {interpolation!r},"
+            " for which the image processor has no counterpart"
         )
-    size = {"shortest_edge": shortest_edge}
+    colors: dict[str, list[float]] = {}
+    for name, default in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
+        values = timm_config.get(name)
+        if values is None:
+            # What images of other channels are normalised with is not known: ImageNet's average, for lack of better
+            values = default if config.num_channels == 3 else [sum(default) / 3] * config.num_channels
+        if (
+            not isinstance(values, (list, tuple))
+            or len(values) != config.num_channels
+            or not all(map(is_number, values))
+        ):
+            raise ConversionError(f"config.json has {name} {values!r}, the images have {config.num_channels} channels")
+        colors[name] = list(values)
+    if 0 in colors["std"]:
+        raise ConversionError(f"config.json has std {colors['std']}, by which pixels are divided")
+
+    size = {"shortest_edge": math.floor(height / crop_pct)}
+    if "crop_pct" not in timm_config and preprocessing:
+        size = {"shortest_edge": preprocessing["resize_shortest_edge"]}
     if height != width or crop_mode == "squash":
         size = {"height": height, "width": width}
-    colors: dict[str, Any] = {
-        f"image_{name}": list(timm_config[name]) for name in ("mean", "std") if name in timm_config
-    }
     return CrossViTImageProcessor(
         size=size,
         crop_size={"height": height, "width": width},
         resample=resample,
+        image_mean=colors["mean"],
+        image_std=colors["std"],
         do_convert_rgb=config.num_channels == 3,
-        **colors,
     )
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 if __name__ == "__main__":

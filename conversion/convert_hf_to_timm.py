@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from architecture import find_variant, nearest_variant
-from checkpoints import load_checkpoint, reference_tensors
-from commands import ConversionError, check_output, run, whole_folder
+from checkpoints import find_checkpoint, open_checkpoint, reference_tensors
+from commands import ConversionError, check_output, in_one_line, run, user_path, whole_folder
 from proof import check_differences, in_words, largest_differences, timm_options
 from safetensors.torch import save_file
 from transformers.image_utils import PILImageResampling
@@ -30,29 +30,35 @@ from crossvit import CrossViTConfig, CrossViTImageProcessor
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a folder or repository of the Hub with a CrossViTForImageClassification")
-    parser.add_argument("output", type=Path, help="the folder to make")
+    parser.add_argument("output", type=user_path, help="the folder to make")
     parser.add_argument("--format", choices=("timm", "ibm"), default="timm", help="whose names the weights get")
     parser.add_argument("--revision", help="branch, tag or commit of a repository")
     parser.add_argument("--overwrite", action="store_true", help="replace an OUTPUT that exists")
     options = parser.parse_args()
 
     check_output(options.output, options.overwrite)
-    model = load_checkpoint(options.checkpoint, options.revision)
-    config = model.config
-    check_convertible(config)
+    checkpoint = find_checkpoint(options.checkpoint, options.revision)
+    model = open_checkpoint(checkpoint)
+    check_convertible(model.config)
+    if options.format == "timm":
+        timm_config = make_timm_config(model.config, load_image_processor(checkpoint))
     found = largest_differences(model, reference_tensors(model))
     if found is None and options.format == "timm":
-        raise ConversionError(f"timm cannot build a model of this shape ({nearest_variant(config)}); see --format ibm")
+        raise ConversionError(
+            f"timm cannot build a model of this shape ({nearest_variant(model.config)}); see --format ibm"
+        )
     check_differences(found)
 
     tensors = reference_tensors(model, options.format)
     with whole_folder(options.output, options.overwrite) as folder:
         if options.format == "timm":
-            timm_config = make_timm_config(config, load_image_processor(options.checkpoint, options.revision))
             save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
             (folder / "config.json").write_text(json.dumps(timm_config, indent=2) + "\n", encoding="utf-8")
         else:
-            torch.save(tensors, folder / "model.pth")
+            try:
+                torch.save(tensors, folder / "model.pth")
+            except RuntimeError as error:  # torch's for a full disk
+                raise ConversionError(f"{options.output} cannot be written: {in_one_line(error)}") from error
     print(f"{options.output}: {len(tensors)} tensors, {in_words(found)}")
 
 
@@ -67,18 +73,35 @@ def check_convertible(config: CrossViTConfig):
         )
 
 
-def load_image_processor(checkpoint: str, revision: str | None) -> Any:
+def load_image_processor(checkpoint: Path) -> Any:
     try:
-        return CrossViTImageProcessor.from_pretrained(checkpoint, revision=revision)
-    except OSError as error:
-        raise ConversionError(f"{checkpoint} has no image processor (preprocessor_config.json)") from error
+        return CrossViTImageProcessor.from_pretrained(checkpoint)
+    except Exception as error:  # of all kinds, for what may be in a file
+        raise ConversionError(f"{checkpoint} has no sound preprocessor_config.json: {in_one_line(error)}") from error
 
 
 def make_timm_config(config: CrossViTConfig, processor: Any) -> dict[str, Any]:
-    """The config.json of timm for a model and its image processor."""
+    """
+    The config.json of timm for a model and its image processor.
+
+    Raises:
+        `ConversionError`: for an image processor that does what timm's evaluation transform cannot.
+    """
+    height, width = config.image_sizes[0]
+    steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+    if (
+        not all(getattr(processor, step) for step in steps)
+        or not math.isclose(processor.rescale_factor, 1 / 255)
+        or (processor.crop_size.height, processor.crop_size.width) != (height, width)
+        or not (processor.size.shortest_edge or (processor.size.height, processor.size.width) == (height, width))
+        or {len(processor.image_mean), len(processor.image_std)} != {config.num_channels}
+    ):
+        raise ConversionError(
+            "preprocessor_config.json does not make what timm's transform makes: images that are resized, cropped to"
+            f" {height}x{width}, rescaled by 1/255 and normalised in {config.num_channels} channels"
+        )
     variant = find_variant(config)
     first_conv = "patch_embed.{}.proj.0" if config.multi_conv else "patch_embed.{}.proj"
-    height, width = config.image_sizes[0]
     timm_config: dict[str, Any] = {
         "architecture": timm_name(variant or VARIANTS["crossvit_15_dagger" if config.multi_conv else "crossvit_15"]),
         "num_classes": config.num_labels,
@@ -97,7 +120,7 @@ def make_timm_config(config: CrossViTConfig, processor: Any) -> dict[str, Any]:
         },
     }
     id2label: Any = config.id2label
-    names = [id2label[index] for index in range(config.num_labels)]
+    names = [id2label.get(index, f"LABEL_{index}") for index in range(config.num_labels)]
     if names != [f"LABEL_{index}" for index in range(config.num_labels)]:
         timm_config["label_names"] = names
     if variant is None:

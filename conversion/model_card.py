@@ -43,6 +43,14 @@ CITATION = """\
 ```"""
 
 
+class SourcedResult(EvalResult):
+    """A result of its own source: `ModelCardData` would give all results on a data set the source of the first."""
+
+    @property
+    def unique_identifier(self) -> tuple:
+        return (*super().unique_identifier, self.source_url)
+
+
 def published_results(variant: dict[str, Any]) -> list[EvalResult]:
     """The published accuracies of a variant's weights, each with its source."""
     top1, top5 = variant["imagenet_top1"], variant["imagenet_top5"]
@@ -52,7 +60,7 @@ def published_results(variant: dict[str, Any]) -> list[EvalResult]:
         ("Top-5 accuracy", "top_5_accuracy", top5["timm"], "timm, results on ImageNet", TIMM_RESULTS),
     ]
     return [
-        EvalResult(
+        SourcedResult(
             task_type="image-classification",
             dataset_type="ILSVRC/imagenet-1k",
             dataset_name="ImageNet-1k",
@@ -132,9 +140,7 @@ def make_model_card(
             " source: whoever publishes them should say it here."
         ]
     parts += ["## Citation", CITATION]
-    return ModelCard.from_template(
-        ModelCardData(**metadata), template_str="---\n{{ card_data }}\n---\n\n{{ text }}\n", text="\n\n".join(parts)
-    )
+    return ModelCard(f"---\n{ModelCardData(**metadata)}\n---\n\n" + "\n\n".join(parts) + "\n")
 
 
 def proof_in_words(record: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from architecture import find_variant
-from commands import ConversionError
+from commands import ConversionError, in_one_line
 from memory import page_out
 from torch import nn
 from variants import timm_name
@@ -17,10 +17,11 @@ from crossvit import CrossViTConfig, CrossViTForImageClassification
 TOLERANCE = 1e-9
 
 
-def build_reference(config: CrossViTConfig) -> nn.Module | None:
+def build_reference(config: CrossViTConfig, timm_config: dict[str, Any] | None = None) -> nn.Module | None:
     """
-    timm's model of a configuration, without weights (on the meta device), or `None` if timm cannot build it. A
-    published variant is built by its name in timm, so that a mistake in its configuration shows.
+    timm's model of the source, without weights (on the meta device), or `None` if timm cannot build it. Not built from
+    our configuration where there is another one, so that a mistake in ours shows: as the config.json of a source of
+    timm's says, and a published variant by its name.
     """
     try:
         import timm
@@ -30,6 +31,8 @@ def build_reference(config: CrossViTConfig) -> nn.Module | None:
             "timm, whose CrossViT is the proof of the conversion, is not installed: pip install -e '.[conversion]'"
         ) from error
 
+    if timm_config:
+        return build_from_timm_config(timm_config)
     variant = find_variant(config)
     options = timm_options(config)
     with torch.device("meta"):
@@ -43,6 +46,21 @@ def build_reference(config: CrossViTConfig) -> nn.Module | None:
             return CrossVit(**options, num_classes=config.num_labels, in_chans=config.num_channels).eval()
         except IndexError:  # it runs out of drop path rates where the first branch is deeper than the second
             return None
+
+
+def build_from_timm_config(timm_config: dict[str, Any]) -> nn.Module:
+    """timm's model for its own config.json, as `timm.create_model("local-dir:...")` builds it, on the meta device."""
+    import timm
+
+    pretrained_cfg = dict(timm_config["pretrained_cfg"])
+    if "num_classes" in timm_config:
+        pretrained_cfg["num_classes"] = timm_config["num_classes"]
+    model_args = {"global_pool": timm_config.get("global_pool", "token"), **timm_config["model_args"]}
+    try:
+        with torch.device("meta"):
+            return timm.create_model(timm_config["architecture"], pretrained_cfg=pretrained_cfg, **model_args).eval()
+    except Exception as error:  # of all kinds, for what may be in a file
+        raise ConversionError(f"timm cannot build what config.json describes: {in_one_line(error)}") from error
 
 
 def timm_options(config: CrossViTConfig) -> dict[str, Any] | None:
@@ -108,10 +126,17 @@ def logits(model: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> torch.
 
 
 def largest_differences(
-    model: CrossViTForImageClassification, tensors: dict[str, torch.Tensor]
+    model: CrossViTForImageClassification,
+    tensors: dict[str, torch.Tensor],
+    timm_config: dict[str, Any] | None = None,
 ) -> dict[str, float] | None:
     """
     Runs the model and timm's with `tensors` (by timm's names) on the same images.
+
+    Args:
+        model (`CrossViTForImageClassification`): the model to compare.
+        tensors (`dict[str, torch.Tensor]`): the weights of the reference.
+        timm_config (`dict`, *optional*): what the config.json of timm's beside them says.
 
     Returns:
         `dict[str, float]` or `None`: the largest difference between any two logits in "float32" and in "float64", or
@@ -120,13 +145,13 @@ def largest_differences(
     Raises:
         `ConversionError`: if the weights do not fit timm's model, or logits are NaN or infinite.
     """
-    reference = build_reference(model.config)
+    reference = build_reference(model.config, timm_config)
     if reference is None:
         return None
     try:
         reference.load_state_dict(tensors, strict=True, assign=True)
     except RuntimeError as error:
-        raise ConversionError(f"timm's model does not take the weights: {error}") from error
+        raise ConversionError(f"timm's model does not take the weights: {in_one_line(error)}") from error
 
     images = fixed_images(model.config)
     found = {}

@@ -7,10 +7,10 @@ from pathlib import Path
 from commands import ConversionError, some
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
     LocalTokenNotFoundError,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
 )
 from huggingface_hub.hf_api import ModelInfo
@@ -33,8 +33,12 @@ def check_namespace(repo_id: str):
         raise ConversionError("there is no token of the Hub on this machine: run 'hf auth login'") from error
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code == 401:
-            raise ConversionError("the Hub does not know the token: run 'hf auth login' again") from error
+            raise ConversionError(
+                "the Hub does not know the token : run 'hf auth login' again, unless HF_TOKEN is set"
+            ) from error
         raise
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise ConversionError("the token may only read the Hub: run 'hf auth login' with one that may write")
     namespaces = [user["name"], *(organization["name"] for organization in user.get("orgs", []))]
     if repo_id.count("/") != 1 or repo_id.split("/")[0] not in namespaces:
         raise ConversionError(
@@ -113,7 +117,7 @@ class Repository:
         try:
             published = read_json(Path(self.api.hf_hub_download(self.repo_id, RECORD_NAME, revision=self.info.sha)))
             return published["source"]["sha256"] == read_json(folder / RECORD_NAME)["source"]["sha256"]
-        except (EntryNotFoundError, ConversionError, LookupError, TypeError):
+        except (RemoteEntryNotFoundError, ConversionError, LookupError, TypeError):
             return False
 
 

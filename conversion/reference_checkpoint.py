@@ -2,14 +2,14 @@
 
 import argparse
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import torch
-from architecture import add_architecture_options, check_shapes, find_variant, infer_config
+from architecture import Shapes, add_architecture_options, check_shapes, find_variant, infer_config, mismatches
 from commands import ConversionError
-from sources import Source, add_source_options, check_sha256, check_values, find_source, read_tensors
-from variants import VARIANTS, timm_name
+from proof import build_from_timm_config
+from sources import Source, add_source_options, check_sha256, find_source, of_one_type, read_tensors
+from variants import VARIANTS
 from weight_names import to_timm_names, to_transformers_name
 
 from crossvit import CrossViTConfig, CrossViTForImageClassification
@@ -59,29 +59,46 @@ def read_reference(source_name: str, options: argparse.Namespace) -> ReferenceCh
     source = find_source(source_name, options.revision, options.filename)
     digest = check_sha256(source.path, options.sha256)
     named_tensors, entry = read_tensors(source.path, options.entry)
-    check_values(named_tensors)
     format_name, timm_names = to_timm_names(named_tensors)
-    # Weights of several types are all brought to the widest, which holds them exactly
-    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in named_tensors.values()))
-    tensors = {timm_names[name]: tensor.to(dtype).contiguous() for name, tensor in named_tensors.items()}
+    tensors = {timm_names[name]: tensor for name, tensor in of_one_type(named_tensors).items()}
 
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    model_args = source.timm_config.get("model_args", {})
+    known = known_to_timm(source.timm_config, shapes) if source.timm_config else {}
     config = infer_config(
-        shapes, options.num_heads or model_args.get("num_heads"), options.image_size, options.patch_size
+        shapes,
+        options.num_heads or known.get("num_heads"),
+        options.image_size or known.get("image_size"),
+        options.patch_size or known.get("patch_size"),
     )
     check_shapes(shapes, config)
 
     variant = find_variant(config)
     if source_name in VARIANTS and VARIANTS[source_name] != variant:
         raise ConversionError(f"{source} has other weights than those of {source_name}")
-    architecture = source.timm_config.get("architecture")
-    if variant and architecture and not model_args and architecture != timm_name(variant):
-        raise ConversionError(
-            f"config.json says that the weights are of {architecture}, and their shapes are those of"
-            f" {timm_name(variant)}"
-        )
     record = {**source.record, "sha256": digest, "format": format_name}
     if entry is not None:
         record["entry"] = entry
     return ReferenceCheckpoint(source, record, config, variant, tensors)
+
+
+def known_to_timm(timm_config: dict[str, Any], shapes: Shapes) -> dict[str, Any]:
+    """
+    What timm knows from its config.json, as `infer_config` takes it: heads, image sizes and patch sizes.
+
+    Raises:
+        `ConversionError`: for a config.json of other weights, and for options of timm's that the published models do
+            not use and ours does not have.
+    """
+    model: Any = build_from_timm_config(timm_config)
+    if found := mismatches(shapes, {name: weight.shape for name, weight in model.state_dict().items()}):
+        raise ConversionError(f"config.json is that of a {timm_config['architecture']} of other weights: it {found}")
+    if model.global_pool != "token" or model.crop_scale:
+        raise ConversionError(
+            f"config.json has global_pool {model.global_pool!r} and crop_scale {model.crop_scale}: this CrossViT reads"
+            " the class tokens and resizes images, as the authors' does"
+        )
+    return {
+        "num_heads": [branch[0].attn.num_heads for branch in model.blocks[0].blocks],
+        "image_size": [tuple(size) for size in model.img_size_scaled],
+        "patch_size": [embedding.patch_size[0] for embedding in model.patch_embed],
+    }

@@ -4,17 +4,19 @@ import argparse
 import difflib
 import hashlib
 import json
-import pickle
 import re
+import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from commands import ConversionError, some
+from commands import ConversionError, in_one_line, some, user_path
 from filelock import FileLock
 from huggingface_hub import (
     HfApi,
@@ -36,8 +38,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import build_hf_headers, validate_repo_id
 from memory import page_out
-from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 from transformers.utils.hub import extract_commit_hash
 from variants import IBM_RELEASE, VARIANTS
 
@@ -87,12 +89,19 @@ def find_source(source: str, revision: str | None = None, filename: str | None =
     """
     if source in VARIANTS:
         return find_on_hub(VARIANTS[source]["timm_id"], revision, filename)
-    if re.match(r"https?://", source):
-        return find_at_url(source)
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return find_in_folder(path, filename)
-    if path.exists():
+    is_url = re.match(r"https?://", source, re.IGNORECASE)
+    path = Path(source) if is_url else user_path(source)
+    if is_url or path.exists():
+        if revision is not None:
+            raise ConversionError(f"--revision is for repositories of the Hub, and {source} is none")
+        if filename is not None and not path.is_dir():
+            raise ConversionError(f"--filename is for repositories and folders, and {source} is none")
+        if is_url:
+            return find_at_url(source)
+        if path.is_dir():
+            return find_in_folder(path, filename)
+        if not path.is_file():
+            raise ConversionError(f"{source} is neither a file nor a folder")
         return Source(path, {"file": path.name})
     if source.count("/") == 1 and not source.startswith((".", "/", "~")) and path.suffix not in WEIGHT_SUFFIXES:
         return find_on_hub(source, revision, filename)
@@ -119,7 +128,10 @@ def choose_weights(names: list[str], filename: str | None, place: str) -> str:
 
 
 def check_timm_config(config: Any, place: str) -> dict[str, Any]:
-    """The contents of a config.json as timm writes them, or nothing if it is not timm's."""
+    """
+    The contents of a config.json as timm writes them, `pretrained_cfg` and `model_args` included, or nothing if it is
+    not timm's.
+    """
     if not isinstance(config, dict):
         raise ConversionError(f"config.json of {place} is no JSON object")
     if "model_type" in config:
@@ -127,10 +139,15 @@ def check_timm_config(config: Any, place: str) -> dict[str, Any]:
             f"{place} is a checkpoint of Transformers already, of model type {config['model_type']!r}, none of the"
             " reference's"
         )
-    architecture = config.get("architecture")
-    if architecture is not None and not str(architecture).startswith("crossvit"):
-        raise ConversionError(f"config.json of {place} says that it is a {architecture}, no CrossViT")
-    return config if architecture is not None else {}
+    if "architecture" not in config:
+        return {}
+    if not str(config["architecture"]).startswith("crossvit"):
+        raise ConversionError(f"config.json of {place} says that it is a {config['architecture']}, no CrossViT")
+    config = {"pretrained_cfg": {}, "model_args": {}, **config}
+    for name in ("pretrained_cfg", "model_args"):
+        if not isinstance(config[name], dict):
+            raise ConversionError(f"config.json of {place} has {name} {config[name]!r}, which must be an object")
+    return config
 
 
 def read_json(path: Path) -> Any:
@@ -173,9 +190,8 @@ def find_on_hub(repo_id: str, revision: str | None, filename: str | None) -> Sou
             f"there is no file {repo_id!r}, and no repository of that name on the Hub that you may read"
         ) from error
     except LocalEntryNotFoundError as error:
-        raise ConversionError(
-            f"{repo_id} is not in the cache, or not all of it, and HF_HUB_OFFLINE keeps it from being downloaded"
-        ) from error
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub does not answer, try again later"
+        raise ConversionError(f"{repo_id} is not in the cache, or not all of it, and {reason}") from error
     except EntryNotFoundError as error:
         raise ConversionError(f"{repo_id} has no {filename}") from error
     return Source(path, {"repository": repo_id, "revision": commit, "file": filename}, published, config)
@@ -200,7 +216,7 @@ def download_from_hub(repo_id: str, filename: str, revision: str | None) -> tupl
 
 
 def find_at_url(url: str) -> Source:
-    if not url.startswith("https://"):
+    if not url.lower().startswith("https://"):
         raise ConversionError(f"{url} is not encrypted, anybody on the way could change the weights: use https")
     published = next((variant for variant in VARIANTS.values() if url == IBM_RELEASE + variant["ibm_file"]), None)
     response = get_session().head(url, follow_redirects=True)
@@ -276,8 +292,10 @@ def read_tensors(path: Path, entry: str | None = None) -> tuple[dict[str, torch.
     with open(path, "rb") as file:
         magic = file.read(64)
     if magic[8:9] == b"{":
-        tensors, entry = read_safetensors(path, int.from_bytes(magic[:8], "little"), size), None
-    elif magic.startswith((b"PK\x03\x04", b"\x80\x02")):
+        if entry is not None:
+            raise ConversionError(f"{path.name} holds weights and no entries, hence no --entry {entry}")
+        tensors = read_safetensors(path, int.from_bytes(magic[:8], "little"), size)
+    elif magic.startswith((b"PK\x03\x04", b"\x80")):
         tensors, entry = choose_entry(read_pickle(path, zipped=magic.startswith(b"PK")), entry)
     elif magic.startswith(b"version https://git-lfs"):
         raise ConversionError(f"{path.name} is a pointer of Git LFS, not the weights: fetch them with 'git lfs pull'")
@@ -286,6 +304,7 @@ def read_tensors(path: Path, entry: str | None = None) -> tuple[dict[str, torch.
             f"{path.name} is neither a file of safetensors nor one of torch.save: it is {size} bytes long and begins"
             f" with {magic[:16]!r}"
         )
+    check_values(tensors)
     if sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) > size:
         raise ConversionError(f"{path.name} claims more weights than its {size} bytes can hold")
     return tensors, entry
@@ -299,9 +318,10 @@ def read_safetensors(path: Path, header_size: int, size: int) -> dict[str, torch
         )
 
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if duplicates := {name for name in names if names.count(name) > 1}:
-            raise ConversionError(f"{path.name} has two tensors or fields named {some(sorted(duplicates))}")
+        counts = Counter(name for name, _ in pairs)
+        if len(counts) < len(pairs):
+            duplicates = [name for name, count in counts.items() if count > 1]
+            raise ConversionError(f"{path.name} has two tensors or fields named {some(duplicates)}")
         return dict(pairs)
 
     with open(path, "rb") as file:
@@ -312,32 +332,44 @@ def read_safetensors(path: Path, header_size: int, size: int) -> dict[str, torch
             raise ConversionError(f"{path.name} is damaged: its header is no JSON, {error}") from error
     try:
         return load_file(path)
-    except SafetensorError as error:
-        raise ConversionError(f"{path.name} is damaged or truncated: {error}") from error
+    except Exception as error:
+        raise ConversionError(f"{path.name} is damaged or truncated: {in_one_line(error)}") from error
 
 
 def read_pickle(path: Path, zipped: bool) -> Any:
+    if zipped:
+        check_archive(path)
     try:
-        # The archives of torch.save are not compressed: one that is could be a bomb
-        if zipped and any(record.compress_type != zipfile.ZIP_STORED for record in zipfile.ZipFile(path).infolist()):
-            raise ConversionError(f"{path.name} is a compressed archive, none of torch.save's")
         # The options of the reference's training script, plain values in an object without behavior
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
+    # Damaged pickles end in all kinds of exceptions. torch's texts are not repeated: they advise to run the pickle.
+    except Exception as error:
         if harmful := re.search(r"unsupported global:?(?: GLOBAL)? ([\w.]+)", str(error), re.IGNORECASE):
             raise ConversionError(
                 f"{path.name} is refused and nothing of it was run: its pickle asks for {harmful[1]}, which weights do"
-                " not need"
+                " not need; save the state_dict alone if you can"
             ) from error
-        details = re.search(r"WeightsUnpickler error: (.+)", str(error))
-        raise ConversionError(f"{path.name} is refused or truncated: {details[1] if details else error}") from error
-    except (
-        *(AttributeError, EOFError, LookupError, RuntimeError, SafetensorError, TypeError, ValueError),
-        zipfile.BadZipFile,
-    ) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConversionError(f"{path.name} is damaged or truncated: {reason}") from error
+        if isinstance(error, OSError):
+            raise
+        raise ConversionError(
+            f"{path.name} is damaged, truncated or no file of weights: torch's restricted reader cannot read it"
+            f" ({type(error).__name__})"
+        ) from error
+
+
+def check_archive(path: Path):
+    """Raises `ConversionError` for a zip file that is damaged or none of torch.save's."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch.save does not compress: an archive that does could be a bomb
+            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                raise ConversionError(f"{path.name} is a compressed archive, none of torch.save's")
+            # torch does not look at the checksums
+            if damaged := archive.testzip():
+                raise ConversionError(f"{path.name} is damaged: the checksum of its record {damaged} is another one")
+    except (zipfile.BadZipFile, ValueError, LookupError, NotImplementedError, EOFError) as error:
+        raise ConversionError(f"{path.name} is damaged or truncated: {error}") from error
 
 
 def is_state_dict(value: Any) -> bool:
@@ -354,14 +386,15 @@ def choose_entry(checkpoint: Any, entry: str | None) -> tuple[dict[str, torch.Te
         if entry is not None:
             raise ConversionError(f"it holds weights and no entries, hence no --entry {entry}")
         return dict(checkpoint), None
-    if not isinstance(checkpoint, Mapping):
+    if not isinstance(checkpoint, Mapping) or not checkpoint:
         raise ConversionError(f"it holds a {type(checkpoint).__name__}, no weights")
-    candidates = [name for name, value in checkpoint.items() if is_state_dict(value)]
+    candidates = [name for name, value in checkpoint.items() if isinstance(name, str) and is_state_dict(value)]
     if entry is None and len(candidates) == 1:
         entry = candidates[0]
     if entry not in candidates:
         if not candidates:
-            raise ConversionError(f"none of its entries are weights: {some(checkpoint, 10)}")
+            others = [name for name, value in checkpoint.items() if not isinstance(value, torch.Tensor)]
+            raise ConversionError(f"it holds no weights under a name of their own, but {some(others, 10)}")
         chosen = f"not under {entry!r}" if entry else "under several names"
         raise ConversionError(f"it holds weights under {some(candidates, 10)}, {chosen}: choose one with --entry")
     return dict(checkpoint[entry]), entry
@@ -370,14 +403,25 @@ def choose_entry(checkpoint: Any, entry: str | None) -> tuple[dict[str, torch.Te
 def check_values(tensors: Mapping[str, torch.Tensor]):
     """Raises `ConversionError` for what cannot be weights: other layouts and types than dense floats, NaN and Inf."""
     for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.dtype not in (
-            torch.float16,
-            torch.bfloat16,
-            torch.float32,
-            torch.float64,
-        ):
-            raise ConversionError(f"{name} has {tensor.dtype} values, no weights of 16, 32 or 64 bits")
+        if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_nested:
+            raise ConversionError(f"{some([name])} is no plain tensor ({type(tensor).__name__}, {tensor.layout})")
+        if tensor.device.type != "cpu" or tensor.ndim > 4:
+            raise ConversionError(f"{some([name])} has {tensor.ndim} dimensions or no values: it is no weight")
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise ConversionError(f"{some([name])} has {tensor.dtype} values, none of 16, 32 or 64 bits")
         if not tensor.isfinite().all():
             values = "NaN" if tensor.isnan().any() else "infinite values"
-            raise ConversionError(f"{name} has {values}: the weights are damaged")
+            raise ConversionError(f"{some([name])} has {values}: the weights are damaged")
         page_out(tensor)
+
+
+def of_one_type(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors in the widest of their types, which holds the others exactly, each with memory of its own."""
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
+    result, storages = {}, set()
+    for name, tensor in tensors.items():
+        result[name] = tensor.detach().to(dtype).contiguous()
+        if result[name].untyped_storage().data_ptr() in storages:
+            result[name] = result[name].clone()
+        storages.add(result[name].untyped_storage().data_ptr())
+    return result

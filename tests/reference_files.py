@@ -5,7 +5,6 @@ from pathlib import Path
 
 import timm
 import torch
-from safetensors.torch import save_file
 from timm.models.crossvit import CrossVit
 from timm_reference import perturb
 from variants import VARIANTS, timm_name
@@ -26,7 +25,7 @@ SMALL = {
 
 
 def small_timm(**options) -> CrossVit:
-    return perturb(CrossVit(**{**SMALL, **options})).eval()
+    return perturb(timm.create_model("crossvit_15_240", **{**SMALL, **options})).eval()
 
 
 def timm_variant(name: str, **options) -> torch.nn.Module:
@@ -39,10 +38,11 @@ def renamed(model: torch.nn.Module, format_name: str) -> dict[str, torch.Tensor]
     return {next(translations(name, rows)): weight for name, weight in model.state_dict().items()}
 
 
-def save_timm_folder(model: torch.nn.Module, folder: Path, architecture: str, **config) -> Path:
-    """A folder as timm publishes it."""
-    folder.mkdir(parents=True)
-    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
-    contents = {"architecture": architecture, "num_classes": model.num_classes, "pretrained_cfg": {}, **config}
-    (folder / "config.json").write_text(json.dumps(contents))
+def save_timm_folder(model: torch.nn.Module, folder: Path, **changes) -> Path:
+    """A folder as timm publishes it, with some changes of its config.json."""
+    timm.models.save_for_hf(model, folder, safe_serialization=True)
+    config = json.loads((folder / "config.json").read_text())
+    for name, value in changes.items():
+        config[name] = {**config[name], **value} if isinstance(value, dict) else value
+    (folder / "config.json").write_text(json.dumps(config))
     return folder

@@ -20,8 +20,8 @@ import timm
 import torch
 import verify
 import weight_names
-from commands import run
-from reference_files import SMALL, renamed, save_timm_folder, small_timm, timm_variant
+from commands import run, whole_folder
+from reference_files import renamed, save_timm_folder, small_timm, timm_variant
 from safetensors.torch import load_file, save_file
 from variants import VARIANTS, timm_name
 
@@ -38,14 +38,17 @@ def command(monkeypatch, capsys):
 
     def run_command(script, *arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
-        previous = signal.getsignal(signal.SIGTERM)
+        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
+        monkeypatch.setattr(sys.stderr, "reconfigure", lambda **_: None, raising=False)
         status = 0
         try:
             run(script.main)
         except SystemExit as error:
             status = error.code
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
         return status, *capsys.readouterr()
 
     return run_command
@@ -316,14 +319,7 @@ def test_preprocessing_of_a_timm_folder(convert, tmp_path):
         "interpolation": "bilinear",
     }
     names = ["ant", "bee", "cow", "dog", "elk"]
-    folder = save_timm_folder(
-        reference,
-        tmp_path / "timm",
-        "crossvit_15_240",
-        pretrained_cfg=preprocessing,
-        model_args=SMALL,
-        label_names=names,
-    )
+    folder = save_timm_folder(reference, tmp_path / "timm", pretrained_cfg=preprocessing, label_names=names)
     output = convert(folder)
     assert_equal_logits(output, reference)
     assert list(CrossViTForImageClassification.from_pretrained(output).config.id2label.values()) == names
@@ -332,6 +328,39 @@ def test_preprocessing_of_a_timm_folder(convert, tmp_path):
     image = PIL.Image.fromarray(pixels)
     processed = CrossViTImageProcessorPil.from_pretrained(output)(image, return_tensors="pt").pixel_values[0]
     assert torch.equal(processed, transform(image))
+
+
+@pytest.mark.parametrize("option", [{"global_pool": "avg"}, {"crop_scale": True}], ids=str)
+def test_options_of_timm_that_ours_does_not_have(refuse, tmp_path, option):
+    # The weights are those of a CrossViT like any other; only config.json tells that timm runs them otherwise
+    folder = save_timm_folder(small_timm(**option), tmp_path / "timm")
+    assert next(iter(option)) in refuse(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mean": [0.5, 0.5]},
+        {"mean": "abc"},
+        {"std": [1, 0, 1]},
+        {"std": [1, None, 1]},
+        {"crop_pct": 0},
+        {"crop_pct": "0.9"},
+        {"crop_mode": "border"},
+        {"interpolation": "random"},
+        {"interpolation": 3},
+        {"input_size": None, "unknown": 1},
+    ],
+    ids=str,
+)
+def test_preprocessing_that_makes_no_sense(refuse, tmp_path, change):
+    folder = save_timm_folder(small_timm(), tmp_path / "timm", pretrained_cfg=change)
+    assert "config.json" in refuse(folder)
+
+
+@pytest.mark.parametrize("change", [{"pretrained_cfg": None}, {"model_args": [1]}, {"label_names": "abcde"}], ids=str)
+def test_config_of_timm_of_other_types(refuse, tmp_path, change):
+    assert next(iter(change)) in refuse(save_timm_folder(small_timm(), tmp_path / "timm", **change))
 
 
 @pytest.mark.parametrize("text", ["ant\nbee\ncow\n\ndog\nelk\n", '["ant", "bee", "cow", "dog", "elk"]', "object"])
@@ -430,6 +459,18 @@ def test_truncated_files(refuse, tmp_path, kind, share):
     assert "truncated" in refuse(source, *HEADS)
 
 
+def test_damaged_archives(refuse, tmp_path):
+    # torch reads them: it does not look at the checksums
+    source = tmp_path / "model.pth"
+    state_dict = small_timm().state_dict()
+    torch.save(state_dict, source)
+    content = bytearray(source.read_bytes())
+    content[content.index(state_dict["head.1.weight"].numpy().tobytes()) + 5] ^= 1
+    source.write_bytes(content)
+    torch.load(source, weights_only=True)
+    assert "checksum" in refuse(source, *HEADS)
+
+
 def test_more_weights_than_the_file_holds(refuse, tmp_path):
     tensors = renamed(small_timm(), "ibm")
     tensors["pos_embed.0"] = torch.zeros(()).expand(1, 1 + 10**8, 24)
@@ -455,8 +496,25 @@ def without(name):
         (lambda t: {**t, "norm.1.weight": torch.full((32,), -float("inf"))}, ["norm.1.weight", "infinite"]),
         (lambda t: {**t, "norm.1.weight": torch.ones(32, dtype=torch.int64)}, ["norm.1.weight", "int64"]),
         (lambda t: {**t, "pos_embed_0": torch.ones(1, 41, 24)}, ["40 patches", "--image-size"]),
+        # Indices that must not be counted up to
+        (lambda t: {**t, "blocks.0.blocks.0.999999999.norm1.bias": torch.ones(24)}, ["has besides", "999999999"]),
+        (lambda t: {**t, f"cls_token_{'9' * 5000}": torch.ones(1, 1, 24)}, ["has besides cls_token_9"]),
     ],
-    ids=["layer", "head", "cls_token", "fusion twice", "extra", "shape", "ndim", "nan", "inf", "int", "grid"],
+    ids=[
+        "layer",
+        "head",
+        "cls_token",
+        "fusion twice",
+        "extra",
+        "shape",
+        "ndim",
+        "nan",
+        "inf",
+        "int",
+        "grid",
+        "high index",
+        "long index",
+    ],
 )
 def test_weights_that_are_not_whole_or_sound(refuse, tmp_path, change, messages):
     save_file(change(small_timm().state_dict()), tmp_path / "model.safetensors")
@@ -477,15 +535,44 @@ def test_what_the_tensors_leave_open_is_asked_for(refuse, tmp_path):
     assert "--patch-size" in refuse(source, *HEADS)
 
 
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        None,
+        [1, 2],
+        torch.ones(3),
+        {},
+        {"model": {}},
+        {1: torch.ones(3)},
+        {"model": {"cls_token.0": torch.ones(1, 1, 24).to_sparse()}},
+        {"model": {"cls_token.0": torch.ones(1, 1, 24, device="meta")}},
+        {"model": {"cls_token.0": torch.quantize_per_tensor(torch.ones(1), 1.0, 0, torch.qint8)}},
+    ],
+    ids=["None", "list", "tensor", "empty", "empty model", "number", "sparse", "meta", "quantized"],
+)
+def test_other_contents(refuse, tmp_path, checkpoint):
+    torch.save(checkpoint, tmp_path / "model.pth")
+    refuse(tmp_path / "model.pth")
+
+
+def test_tensors_that_share_memory(convert, tmp_path):
+    reference = small_timm()
+    state_dict = renamed(reference, "ibm")
+    state_dict["norm.0.bias"] = state_dict["norm.0.weight"]
+    state_dict["head.0.bias"] = state_dict["head.0.weight"][:, 0]
+    reference.norm[0].bias.data, reference.head[0].bias.data = reference.norm[0].weight, reference.head[0].weight[:, 0]
+    torch.save(state_dict, tmp_path / "model.pth")
+    assert_equal_logits(convert(tmp_path / "model.pth", *HEADS), reference)
+
+
 def test_other_models_are_named(refuse, convert, tmp_path):
     vit = timm.create_model("vit_tiny_patch16_224")
     save_file(vit.state_dict(), tmp_path / "vit.safetensors")
     assert "no CrossViT" in refuse(tmp_path / "vit.safetensors")
-    folder = save_timm_folder(vit, tmp_path / "vit", "vit_tiny_patch16_224")
+    folder = save_timm_folder(vit, tmp_path / "vit")
     assert "vit_tiny_patch16_224" in refuse(folder)
-    folder = save_timm_folder(timm_variant("crossvit_9"), tmp_path / "timm", "crossvit_tiny_240")
-    message = refuse(folder)
-    assert "crossvit_tiny_240" in message and "crossvit_9_240" in message
+    folder = save_timm_folder(timm_variant("crossvit_9"), tmp_path / "timm", architecture="crossvit_tiny_240")
+    assert "a crossvit_tiny_240 of other weights" in refuse(folder)
     save_file(small_timm().state_dict(), tmp_path / "source.safetensors")
     output = convert(tmp_path / "source.safetensors", *HEADS)
     output.rename(tmp_path / "done")
@@ -504,15 +591,21 @@ def test_places_that_hold_nothing(refuse, tmp_path, monkeypatch):
     assert "a.pth, b.pth" in refuse(tmp_path / "empty") and "--filename" in refuse(tmp_path / "empty")
     assert "has no c.pth" in refuse(tmp_path / "empty", "--filename", "c.pth")
     assert "--num-heads" in refuse(tmp_path / "empty", "--filename", "b.pth")
+    # Options that would be ignored
+    assert "--revision" in refuse(tmp_path / "empty" / "b.pth", "--revision", "main")
+    assert "--filename" in refuse(tmp_path / "empty" / "b.pth", "--filename", "a.pth")
+    assert "--entry" in refuse(tmp_path / "empty" / "b.pth", "--entry", "model")
+    os.mkfifo(tmp_path / "pipe")
+    assert "neither a file nor a folder" in refuse(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize(
     "text, message",
     [
         ("ant\nbee\n", "2 names"),
-        ("a\nb\nc\nd\na\n", "'a' twice"),
+        ("a\nb\nc\nd\na\n", "several classes: a"),
         ("{", "no JSON"),
-        ('{"1": "ant"}', "neither a list"),
+        ('{"1": "ant"}', "no list of names"),
     ],
 )
 def test_labels_that_do_not_fit(refuse, tmp_path, text, message):
@@ -577,6 +670,65 @@ def test_places_that_cannot_be_written(command, tmp_path):
         )
         assert status == 1 and str(output) in errors and len(errors.splitlines()) == 1
     assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_folders_that_are_no_checkpoints_are_not_replaced(command, tmp_path, monkeypatch):
+    save_file(small_timm().state_dict(), tmp_path / "source.safetensors")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.tex").write_text("")
+    monkeypatch.chdir(tmp_path)
+    for output in ("precious", ".", "", tmp_path, "/"):
+        status, _, errors = command(convert_crossvit_to_hf, "source.safetensors", output, *HEADS, "--overwrite")
+        assert status == 1 and len(errors.splitlines()) == 1, (output, errors)
+    assert {path.name for path in tmp_path.iterdir()} == {"source.safetensors", "precious"}
+    # nor what holds the source
+    (tmp_path / "precious" / "config.json").write_text("{}")
+    save_file(small_timm().state_dict(), tmp_path / "precious" / "model.safetensors")
+    source = tmp_path / "precious" / "model.safetensors"
+    status, _, errors = command(convert_crossvit_to_hf, source, "precious", *HEADS, "--overwrite")
+    assert status == 1 and "holds the source" in errors and source.exists()
+
+
+def test_folders_above_a_failure_are_not_made(refuse, convert, command, tmp_path):
+    save_file(small_timm().state_dict(), tmp_path / "source.safetensors")
+    (tmp_path / "labels.txt").write_text("one")
+    for labels, made in (("labels.txt", False), (None, True)):
+        arguments = ("--labels", tmp_path / labels) if labels else ()
+        output = tmp_path / "new" / "folder" / "output"
+        status, _, errors = command(
+            convert_crossvit_to_hf, tmp_path / "source.safetensors", output, *HEADS, *arguments
+        )
+        assert (status == 0, (tmp_path / "new").exists()) == (made, made), errors
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("renames", [1, 2])
+def test_signals_between_the_renames_wait(tmp_path, monkeypatch, sent, renames):
+    output = tmp_path / "output"
+    output.mkdir()
+    (output / "config.json").write_text("old")
+    received, rename = [], Path.rename
+
+    def rename_and_signal(self, target):
+        result = rename(self, target)
+        received.append(target)
+        if len(received) == renames:
+            signal.raise_signal(sent)
+        return result
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(Path, "rename", rename_and_signal)
+    try:
+        with pytest.raises(KeyboardInterrupt), whole_folder(output, overwrite=True) as folder:
+            (folder / "config.json").write_text("new")
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    assert [path.name for path in tmp_path.iterdir()] == ["output"]
+    assert (output / "config.json").read_text() == "new"
 
 
 def start(tmp_path: Path, *arguments, **options) -> subprocess.Popen:
@@ -663,10 +815,59 @@ def test_verify_repeats_the_proof(convert, command, tmp_path):
 
     status, printed, errors = command(verify, *arguments[:3], "--num-heads", 4, 2)
     assert status == 1 and "num_heads" in errors
-    assert "cannot be loaded" in command(verify, tmp_path / "missing", *arguments[1:])[2]
+    assert "no config.json" in command(verify, tmp_path / "missing", *arguments[1:])[2]
     config = json.loads((output / "config.json").read_text())
     (output / "config.json").write_text(json.dumps({**config, "model_type": "vit"}))
     assert "'vit'" in command(verify, *arguments)[2]
+
+
+def test_what_is_not_compared_bit_by_bit_shows(convert, command, tmp_path):
+    reference = small_timm()
+    reference.norm[0].bias.data[0] = 0.0
+    save_file(reference.state_dict(), tmp_path / "source.safetensors")
+    output = convert(tmp_path / "source.safetensors", *HEADS)
+    weights = load_file(output / "model.safetensors")
+    for change in (lambda w: torch.where(w == 0, -0.0, w), lambda w: w.double()):
+        changed = {**weights, "crossvit.layernorms.0.bias": change(weights["crossvit.layernorms.0.bias"])}
+        save_file(changed, output / "model.safetensors", metadata={"format": "pt"})
+        assert command(verify, output, "--against", tmp_path / "source.safetensors", *HEADS)[0] == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"do_normalize": False},
+        {"rescale_factor": 1 / 127.5},
+        {"crop_size": {"height": 32, "width": 32}},
+        {"size": {"height": 60, "width": 60}},
+        {"image_mean": [0.5]},
+        {"size": "abc"},
+    ],
+    ids=str,
+)
+def test_image_processors_that_timm_does_not_have(convert, command, tmp_path, change):
+    save_file(small_timm().state_dict(), tmp_path / "source.safetensors")
+    output = convert(tmp_path / "source.safetensors", *HEADS)
+    config = json.loads((output / "preprocessor_config.json").read_text())
+    (output / "preprocessor_config.json").write_text(json.dumps({**config, **change}))
+    status, _, errors = command(convert_hf_to_timm, output, tmp_path / "timm")
+    assert status == 1 and "preprocessor_config.json" in errors and not (tmp_path / "timm").exists()
+
+
+def test_the_way_back_keeps_types_and_refuses_nan(convert, command, tmp_path):
+    reference = small_timm()
+    save_file(reference.state_dict(), tmp_path / "source.safetensors")
+    output = convert(tmp_path / "source.safetensors", *HEADS)
+    # The weights count, not what config.json says of their type
+    config = json.loads((output / "config.json").read_text())
+    (output / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    assert command(convert_hf_to_timm, output, tmp_path / "timm")[0] == 0
+    assert_same_bytes(load_file(tmp_path / "timm" / "model.safetensors"), reference.state_dict())
+    weights = load_file(output / "model.safetensors")
+    weights["classifier.heads.1.bias"][2] = float("nan")
+    save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
+    status, _, errors = command(convert_hf_to_timm, output, tmp_path / "ibm", "--format", "ibm")
+    assert status == 1 and "NaN" in errors and not (tmp_path / "ibm").exists()
 
 
 @pytest.mark.parametrize("change", [{"hidden_act": "relu"}, {"layer_norm_eps": 1e-5}, {"depth": [[0, 3, 0]]}])
