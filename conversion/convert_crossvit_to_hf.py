@@ -120,7 +120,8 @@ def convert(
                 "timm": timm_version(),
             },
         }
-        make_model_card(model.config, record, reference.published, repo_id).save(folder / "README.md")
+        card = make_model_card(model.config, record, reference.published, repo_id)
+        (folder / "README.md").write_text(card, encoding="utf-8")
         (folder / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return record
 

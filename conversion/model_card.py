@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 
 from crossvit import CrossViTConfig
 
@@ -80,9 +80,9 @@ def make_model_card(
     record: dict[str, Any],
     published: dict[str, Any] | None,
     repo_id: str | None = None,
-) -> ModelCard:
+) -> str:
     """
-    The card of a converted checkpoint.
+    The card of a converted checkpoint, with the metadata that the Hub reads in front.
 
     Args:
         config (`CrossViTConfig`): its configuration.
@@ -140,7 +140,7 @@ def make_model_card(
             " source: whoever publishes them should say it here."
         ]
     parts += ["## Citation", CITATION]
-    return ModelCard(f"---\n{ModelCardData(**metadata)}\n---\n\n" + "\n\n".join(parts) + "\n")
+    return f"---\n{ModelCardData(**metadata)}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
 def proof_in_words(record: dict[str, Any]) -> str:

@@ -34,7 +34,7 @@ def check_namespace(repo_id: str):
     except HfHubHTTPError as error:
         if error.response is not None and error.response.status_code == 401:
             raise ConversionError(
-                "the Hub does not know the token : run 'hf auth login' again, unless HF_TOKEN is set"
+                "the Hub does not know the token: run 'hf auth login' again, unless HF_TOKEN is set"
             ) from error
         raise
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
@@ -93,7 +93,9 @@ class Repository:
         files = published_files(self.info)
         if files and not self.overwrite and not self.has_same_source(folder):
             raise self.refusal(files)
-        self.api.create_repo(self.repo_id, private=self.private, exist_ok=True)
+        if self.info is None:
+            self.api.create_repo(self.repo_id, private=self.private)
+            self.info = self.find()
         names = {path.name for path in folder.iterdir()}
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=folder / name) for name in sorted(names)),

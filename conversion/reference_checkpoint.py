@@ -91,7 +91,10 @@ def known_to_timm(timm_config: dict[str, Any], shapes: Shapes) -> dict[str, Any]
     """
     model: Any = build_from_timm_config(timm_config)
     if found := mismatches(shapes, {name: weight.shape for name, weight in model.state_dict().items()}):
-        raise ConversionError(f"config.json is that of a {timm_config['architecture']} of other weights: it {found}")
+        raise ConversionError(
+            f"config.json is that of a {timm_config['architecture']} of other weights: the file {found} (without"
+            " config.json the tensors alone decide)"
+        )
     if model.global_pool != "token" or model.crop_scale:
         raise ConversionError(
             f"config.json has global_pool {model.global_pool!r} and crop_scale {model.crop_scale}: this CrossViT reads"

@@ -32,6 +32,7 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     HFValidationError,
     LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -58,7 +59,7 @@ class Source:
     record: dict[str, str]
     # The entry of variants.json whose published weights these are
     published: dict[str, Any] | None = None
-    # The config.json beside the weights in a folder or repository of timm's
+    # The config.json beside the weights in a folder or repository of timm's, unless they are published ones
     timm_config: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -173,14 +174,8 @@ def find_on_hub(repo_id: str, revision: str | None, filename: str | None) -> Sou
             names = ["model.safetensors"] if published else HfApi().list_repo_files(repo_id, revision=revision)
             filename = choose_weights(names, None, repo_id)
         path, commit = download_from_hub(repo_id, filename, revision)
-        # The other file of the same commit, should the repository change right now
-        try:
-            config_path = hf_hub_download(repo_id, "config.json", revision=commit)
-            config = check_timm_config(read_json(Path(config_path)), repo_id)
-        except EntryNotFoundError as error:
-            if isinstance(error, LocalEntryNotFoundError) and not published:
-                raise
-            config = {}
+        # Of the same commit, should the repository change right now
+        config = {} if published else config_on_hub(repo_id, commit)
     except HFValidationError as error:
         raise ConversionError(f"{repo_id!r} is no file, variant or repository: {error}") from error
     except RevisionNotFoundError as error:
@@ -195,6 +190,14 @@ def find_on_hub(repo_id: str, revision: str | None, filename: str | None) -> Sou
     except EntryNotFoundError as error:
         raise ConversionError(f"{repo_id} has no {filename}") from error
     return Source(path, {"repository": repo_id, "revision": commit, "file": filename}, published, config)
+
+
+def config_on_hub(repo_id: str, commit: str) -> dict[str, Any]:
+    try:
+        path = hf_hub_download(repo_id, "config.json", revision=commit)
+    except RemoteEntryNotFoundError:
+        return {}
+    return check_timm_config(read_json(Path(path)), repo_id)
 
 
 def download_from_hub(repo_id: str, filename: str, revision: str | None) -> tuple[Path, str]:
