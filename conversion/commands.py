@@ -1,6 +1,7 @@
 """What the commands share: errors of one line, and folders that appear whole or not at all."""
 
 import argparse
+import io
 import os
 import shutil
 import signal
@@ -59,7 +60,8 @@ def run(command: Callable[[], None]):
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # names of all kinds
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for names of all kinds
     try:
         command()
     except (Exception, KeyboardInterrupt) as error:

@@ -368,6 +368,8 @@ def check_archive(path: Path):
             # torch.save does not compress: an archive that does could be a bomb
             if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
                 raise ConversionError(f"{path.name} is a compressed archive, none of torch.save's")
+            if len(set(archive.namelist())) < len(archive.namelist()):
+                raise ConversionError(f"{path.name} is an archive with two records of the same name")
             # torch does not look at the checksums
             if damaged := archive.testzip():
                 raise ConversionError(f"{path.name} is damaged: the checksum of its record {damaged} is another one")

@@ -9,6 +9,8 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
+import zipfile
 from pathlib import Path
 
 import convert_crossvit_to_hf
@@ -39,8 +41,6 @@ def command(monkeypatch, capsys):
     def run_command(script, *arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
         previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        monkeypatch.setattr(sys.stdout, "reconfigure", lambda **_: None, raising=False)
-        monkeypatch.setattr(sys.stderr, "reconfigure", lambda **_: None, raising=False)
         status = 0
         try:
             run(script.main)
@@ -457,6 +457,18 @@ def test_truncated_files(refuse, tmp_path, kind, share):
         torch.save(small_timm().state_dict(), source, _use_new_zipfile_serialization=kind == "zip")
     source.write_bytes(source.read_bytes()[: int(source.stat().st_size * share)])
     assert "truncated" in refuse(source, *HEADS)
+
+
+@pytest.mark.parametrize("change", ["twice", "compressed"])
+def test_archives_that_torch_does_not_write(refuse, tmp_path, change):
+    torch.save(small_timm().state_dict(), tmp_path / "model.pth")
+    with zipfile.ZipFile(tmp_path / "model.pth") as archive:
+        records = [(name, archive.read(name)) for name in archive.namelist()]
+    kind = zipfile.ZIP_DEFLATED if change == "compressed" else zipfile.ZIP_STORED
+    with warnings.catch_warnings(action="ignore"), zipfile.ZipFile(tmp_path / "model.pth", "w", kind) as archive:
+        for name, content in records + records[-1:] * (change == "twice"):
+            archive.writestr(name, content)
+    assert "archive" in refuse(tmp_path / "model.pth", *HEADS)
 
 
 def test_damaged_archives(refuse, tmp_path):
