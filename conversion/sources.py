@@ -245,6 +245,8 @@ def download(url: str, name: str, size: int | None, etag: str | None, headers: d
             path.unlink(missing_ok=True)
             incomplete.unlink(missing_ok=True)
         if not path.exists():
+            if size is not None and incomplete.exists() and incomplete.stat().st_size > size:
+                incomplete.unlink()  # by a server that sent all of it when asked for the rest
             with open(incomplete, "ab") as file:
                 http_get(
                     url,
