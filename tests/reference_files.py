@@ -7,7 +7,6 @@ import timm
 import torch
 from timm.models.crossvit import CrossVit
 from timm_reference import perturb
-from variants import VARIANTS, timm_name
 from weight_names import FORMATS, WEIGHT_NAMES, translations
 
 
@@ -26,10 +25,6 @@ SMALL = {
 
 def small_timm(**options) -> CrossVit:
     return perturb(timm.create_model("crossvit_15_240", **{**SMALL, **options})).eval()
-
-
-def timm_variant(name: str, **options) -> torch.nn.Module:
-    return perturb(timm.create_model(timm_name(VARIANTS[name]), **options)).eval()
 
 
 def renamed(model: torch.nn.Module, format_name: str) -> dict[str, torch.Tensor]:

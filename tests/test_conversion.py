@@ -23,8 +23,9 @@ import torch
 import verify
 import weight_names
 from commands import run, whole_folder
-from reference_files import renamed, save_timm_folder, small_timm, timm_variant
+from reference_files import renamed, save_timm_folder, small_timm
 from safetensors.torch import load_file, save_file
+from timm_reference import timm_variant
 from variants import VARIANTS, timm_name
 
 from crossvit import CrossViTForImageClassification, CrossViTImageProcessor, CrossViTImageProcessorPil
@@ -105,7 +106,7 @@ def assert_same_bytes(tensors: dict[str, torch.Tensor], expected: dict[str, torc
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS])
 def test_variants_come_over_and_back_bit_by_bit(convert, command, tmp_path, name):
-    variant, reference = VARIANTS[name], timm_variant(name)
+    variant, reference = VARIANTS[name], timm_variant(VARIANTS[name])
     save_file(reference.state_dict(), tmp_path / "source.safetensors")
     output = convert(tmp_path / "source.safetensors")
     assert_equal_logits(output, reference)
@@ -131,7 +132,7 @@ def test_variants_come_over_and_back_bit_by_bit(convert, command, tmp_path, name
 
 
 def test_output_is_whole(convert, command, tmp_path):
-    reference = timm_variant("crossvit_9")
+    reference = timm_variant(VARIANTS["crossvit_9"])
     torch.save(renamed(reference, "ibm"), tmp_path / "crossvit_9_224.pth")
     output = convert(tmp_path / "crossvit_9_224.pth")
     assert {path.name for path in output.iterdir()} == {
@@ -299,7 +300,7 @@ def test_three_branches_are_converted_and_said_to_be_unproven(command, tmp_path)
 
 
 def test_fine_tuned_variants_need_no_heads(convert, tmp_path):
-    reference = timm_variant("crossvit_tiny", num_classes=7, img_size=120)
+    reference = timm_variant(VARIANTS["crossvit_tiny"], num_classes=7, img_size=120)
     save_file(reference.state_dict(), tmp_path / "source.safetensors")
     output = convert(tmp_path / "source.safetensors")
     assert_equal_logits(output, reference)
@@ -582,7 +583,9 @@ def test_other_models_are_named(refuse, convert, tmp_path):
     assert "no CrossViT" in refuse(tmp_path / "vit.safetensors")
     folder = save_timm_folder(vit, tmp_path / "vit")
     assert "vit_tiny_patch16_224" in refuse(folder)
-    folder = save_timm_folder(timm_variant("crossvit_9"), tmp_path / "timm", architecture="crossvit_tiny_240")
+    folder = save_timm_folder(
+        timm_variant(VARIANTS["crossvit_9"]), tmp_path / "timm", architecture="crossvit_tiny_240"
+    )
     assert "a crossvit_tiny_240 of other weights" in refuse(folder)
     save_file(small_timm().state_dict(), tmp_path / "source.safetensors")
     output = convert(tmp_path / "source.safetensors", *HEADS)
@@ -647,7 +650,7 @@ def test_wrong_logits_are_not_written(refuse, tmp_path, monkeypatch):
 
 
 def test_wrong_heads_would_show_in_a_variant(refuse, tmp_path, monkeypatch):
-    save_file(timm_variant("crossvit_9").state_dict(), tmp_path / "source.safetensors")
+    save_file(timm_variant(VARIANTS["crossvit_9"]).state_dict(), tmp_path / "source.safetensors")
     # timm builds a variant by its name, not from our configuration
     monkeypatch.setitem(VARIANTS["crossvit_9"]["config"], "num_heads", [8, 8])
     assert "logits are not the reference's" in refuse(tmp_path / "source.safetensors")
@@ -754,7 +757,7 @@ def start(tmp_path: Path, *arguments, **options) -> subprocess.Popen:
 
 @pytest.mark.parametrize("sent, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_conversions_leave_nothing(tmp_path, sent, status):
-    save_file(timm_variant("crossvit_9").state_dict(), tmp_path / "source.safetensors")
+    save_file(timm_variant(VARIANTS["crossvit_9"]).state_dict(), tmp_path / "source.safetensors")
     process = start(tmp_path, tmp_path / "source.safetensors", tmp_path / "output")
     while not list(tmp_path.glob(".output.*/model.safetensors")) and process.poll() is None:
         time.sleep(0.005)
@@ -780,7 +783,7 @@ def test_full_disks_leave_nothing(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
 def test_memory_and_time(tmp_path, suffix):
-    state_dict = timm_variant("crossvit_base").state_dict()
+    state_dict = timm_variant(VARIANTS["crossvit_base"]).state_dict()
     source = tmp_path / f"source.{suffix}"
     save_file(state_dict, source) if suffix == "safetensors" else torch.save(state_dict, source)
     del state_dict

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference_files import renamed, timm_variant
+from reference_files import renamed
+from timm_reference import timm_variant
+from variants import VARIANTS
 
 
 SCRIPT = Path(__file__).parents[1] / "conversion" / "convert_crossvit_to_hf.py"
@@ -95,7 +97,7 @@ def convert(server, tmp_path):
 @pytest.mark.slow
 def test_weights_from_a_url(server, convert, tmp_path):
     # More than two of the client's chunks of 10 MiB, of which whole ones survive
-    torch.save(renamed(timm_variant("crossvit_tiny"), "ibm"), tmp_path / "weights.pth")
+    torch.save(renamed(timm_variant(VARIANTS["crossvit_tiny"]), "ibm"), tmp_path / "weights.pth")
     server.content, server.cut = (tmp_path / "weights.pth").read_bytes(), True
     process = convert("crossvit_tiny_224.pth?download=true")
     assert process.returncode == 0, process.stderr
