@@ -431,7 +431,6 @@ def test_remote_code_loads_both_backends_without_the_package(tmp_path, monkeypat
         processor.save_pretrained(tmp_path / name)
         assert {path.name for path in (tmp_path / name).iterdir()} == {
             "preprocessor_config.json",
-            "configuration_crossvit.py",
             "image_processing_crossvit.py",
             "image_processing_pil_crossvit.py",
         }

@@ -30,8 +30,6 @@ from transformers.image_utils import (
     is_valid_image,
 )
 
-from .configuration_crossvit import code_kept
-
 
 if TYPE_CHECKING:
     # A checkpoint with its own code carries the files that relative imports name: with this line, both backends.
@@ -136,12 +134,21 @@ class CrossViTBaseImageProcessor(BaseImageProcessor):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """As every image processor; a checkpoint that carries its code keeps it."""
-        with code_kept(self, "AutoImageProcessor", getattr(self, "auto_map", None)):
+        # Saving replaces the names of both classes by that of one
+        code = getattr(self, "auto_map", {}).get("AutoImageProcessor")
+        if self._auto_class is not None or code not in (REMOTE_CODE_CLASSES, *REMOTE_CODE_CLASSES.values()):
             return super().save_pretrained(save_directory, **kwargs)
+        # For this once, as the classes of that code have it
+        self._auto_class = "AutoImageProcessor"  # type: ignore[assignment]
+        try:
+            return super().save_pretrained(save_directory, **kwargs)
+        finally:
+            del self._auto_class
 
     def to_dict(self) -> dict[str, Any]:
         """Serialises the options. Remote code names the classes of both backends, not that of the saved one alone."""
         processor_dict = super().to_dict()
+        processor_dict.pop("_auto_class", None)
         auto_map = processor_dict.get("auto_map", {})
         if auto_map.get("AutoImageProcessor") in REMOTE_CODE_CLASSES.values():
             auto_map["AutoImageProcessor"] = dict(REMOTE_CODE_CLASSES)
