@@ -1,17 +1,22 @@
 """Checkpoints of Transformers, as the commands read them."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from commands import ConversionError, in_one_line, some
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError
+from memory import page_out
 from sources import of_one_type, read_tensors
 from weight_names import from_transformers_name
 
 from crossvit import CrossViTConfig, CrossViTForImageClassification
 
 
+SAFETENSORS_TYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
 FILES = ["config.json", "model.safetensors", "preprocessor_config.json"]
 
 
@@ -60,6 +65,26 @@ def open_checkpoint(folder: Path) -> CrossViTForImageClassification:
         raise ConversionError(f"{folder} does not fit its config.json: missing, unknown or misshapen {some(wrong)}")
     model.load_state_dict(of_one_type(tensors), assign=True)
     return model.eval()
+
+
+def write_weights(tensors: Mapping[str, torch.Tensor], path: Path):
+    """
+    Writes tensors of one type as safetensors' `save_file` does, byte by byte the same, but one after the other: the
+    library has all of them in memory at once.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in sorted(tensors):
+        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        dtype = SAFETENSORS_TYPES[tensors[name].dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name in sorted(tensors):
+            file.write(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+            page_out(tensors[name])
 
 
 def reference_tensors(model: CrossViTForImageClassification, format_name: str = "timm") -> dict[str, torch.Tensor]:

@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 import transformers
-from checkpoints import open_checkpoint
+from checkpoints import open_checkpoint, write_weights
 from commands import ConversionError, check_output, run, some, user_path, whole_folder
-from memory import page_out
 from model_card import make_model_card
 from proof import check_differences, in_words, largest_differences
 from publishing import RECORD_NAME, Repository, add_repository_options
 from reference_checkpoint import ReferenceCheckpoint, add_reference_options, read_reference
 from sources import read_json
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
 import crossvit
@@ -89,19 +89,20 @@ def convert(
             it was before.
     """
     model = reference.build_model()
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = reference.dtype
+    set_labels(model.config, reference, labels)
     # The checkpoint carries its code, for users without this package
     model.config.auto_map = dict(AUTO_MAP)
     processor: Any = make_image_processor(reference)
     processor.auto_map = {"AutoImageProcessor": dict(REMOTE_CODE_CLASSES)}
 
     with whole_folder(output, overwrite) as folder:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        for tensor in reference.tensors.values():
-            page_out(tensor)
-        # Only now, since memory is at its peak while weights are saved, and timm takes some
-        set_labels(model.config, reference, labels)
+        # What `save_pretrained` writes
         model.config.save_pretrained(folder)
+        custom_object_save(model, folder)
+        write_weights(model.state_dict(), folder / "model.safetensors")
+        processor.save_pretrained(folder)
         # What is compared is what was written
         differences = largest_differences(open_checkpoint(folder), reference.tensors, reference.source.timm_config)
         check_differences(differences)

@@ -1,10 +1,14 @@
 import json
 import os
+import signal
+import sys
 from pathlib import Path
 
+import convert_crossvit_to_hf
 import pytest
 import torch
 import transformers
+from commands import run
 
 from crossvit import CrossViTConfig
 
@@ -39,3 +43,50 @@ def small_config() -> CrossViTConfig:
 @pytest.fixture(autouse=True)
 def deterministic():
     transformers.set_seed(0)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs a script of conversion/ in this process: its exit status, what it prints, and what it says on stderr."""
+
+    def run_command(script, *arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
+        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        status = 0
+        try:
+            run(script.main)
+        except SystemExit as error:
+            status = error.code
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        return status, *capsys.readouterr()
+
+    return run_command
+
+
+@pytest.fixture
+def convert(command, tmp_path):
+    """Converts a source to the folder "output" and returns it."""
+
+    def convert_source(source, *arguments) -> Path:
+        status, _, errors = command(convert_crossvit_to_hf, source, tmp_path / "output", *arguments)
+        assert status == 0, errors
+        return tmp_path / "output"
+
+    return convert_source
+
+
+@pytest.fixture
+def refuse(command, tmp_path):
+    """Checks that a source is refused with one line and without a trace, and returns the line."""
+
+    def refuse_source(source, *arguments) -> str:
+        before = set(tmp_path.iterdir())
+        status, output, errors = command(convert_crossvit_to_hf, source, tmp_path / "output", *arguments)
+        lines = [line for line in errors.splitlines() if line.strip() and "%|" not in line]  # less progress bars
+        assert status == 1 and output == "" and len(lines) == 1 and lines[0].startswith("error: "), (output, errors)
+        assert set(tmp_path.iterdir()) == before
+        return lines[0]
+
+    return refuse_source

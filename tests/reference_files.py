@@ -1,4 +1,4 @@
-"""Checkpoints of the reference for the tests of the conversion: timm's models, saved as their users hold them."""
+"""For the tests of the conversion: checkpoints of the reference as users hold them, and comparisons with them."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,8 @@ import torch
 from timm.models.crossvit import CrossVit
 from timm_reference import perturb
 from weight_names import FORMATS, WEIGHT_NAMES, translations
+
+from crossvit import CrossViTForImageClassification
 
 
 # Two small branches that differ in every number. The heads are 2 and 4, which only the user can know.
@@ -21,6 +23,7 @@ SMALL = {
     "mlp_ratio": (2.0, 3.0),
     "num_classes": 5,
 }
+HEADS = ("--num-heads", 2, 4)
 
 
 def small_timm(**options) -> CrossVit:
@@ -41,3 +44,22 @@ def save_timm_folder(model: torch.nn.Module, folder: Path, **changes) -> Path:
         config[name] = {**config[name], **value} if isinstance(value, dict) else value
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+@torch.no_grad()
+def assert_equal_logits(checkpoint: Path, reference: torch.nn.Module):
+    model = CrossViTForImageClassification.from_pretrained(checkpoint).eval().float()
+    size = model.config.image_sizes[0]
+    for height, width in (size, (50, 70)):
+        pixel_values = torch.randn(2, model.config.num_channels, height, width)
+        # The same bound as in test_parity_timm.py, which says why
+        torch.testing.assert_close(
+            model(pixel_values).logits, reference.float()(pixel_values), atol=1e-5, rtol=0, check_dtype=False
+        )
+
+
+def assert_same_bytes(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]):
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        assert tensor.dtype == expected[name].dtype and tensor.shape == expected[name].shape
+        assert torch.equal(tensor.view(torch.uint8), expected[name].contiguous().view(torch.uint8)), name
