@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+import sys
 
 import torch
 
@@ -17,6 +18,5 @@ def page_out(tensor: torch.Tensor):
     start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
     # Whole pages
     start, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
-    madvise = getattr(ctypes.CDLL(None), "madvise", None)
-    if madvise is not None and start < end:
-        madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_PAGEOUT)
+    if sys.platform == "linux" and start < end:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_PAGEOUT)

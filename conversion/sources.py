@@ -423,12 +423,6 @@ def check_values(tensors: Mapping[str, torch.Tensor]):
 
 
 def of_one_type(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors in the widest of their types, which holds the others exactly, each with memory of its own."""
+    """The tensors in the widest of their types, which holds the others exactly, each contiguous."""
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
-    result, storages = {}, set()
-    for name, tensor in tensors.items():
-        result[name] = tensor.detach().to(dtype).contiguous()
-        if result[name].untyped_storage().data_ptr() in storages:
-            result[name] = result[name].clone()
-        storages.add(result[name].untyped_storage().data_ptr())
-    return result
+    return {name: tensor.detach().to(dtype).contiguous() for name, tensor in tensors.items()}

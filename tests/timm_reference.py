@@ -2,6 +2,7 @@
 
 import timm
 import torch
+from proof import timm_options
 from timm.models.crossvit import CrossVit
 from weight_names import to_transformers_name
 
@@ -27,21 +28,6 @@ def timm_variant(variant: dict, **kwargs) -> torch.nn.Module:
 
 
 def timm_of_config(config: CrossViTConfig, **kwargs) -> torch.nn.Module:
-    """timm's model of a configuration of two square branches."""
-    (size, _), (second_size, _) = config.image_sizes
-    return perturb(
-        CrossVit(
-            img_size=size,
-            img_scale=(1.0, second_size / size),
-            patch_size=config.patch_size,
-            embed_dim=config.embed_dim,
-            depth=config.depth,
-            num_heads=config.num_heads,
-            mlp_ratio=config.mlp_ratio,
-            multi_conv=config.multi_conv,
-            qkv_bias=config.qkv_bias,
-            num_classes=config.num_labels,
-            drop_path_rate=config.drop_path_rate,
-            **kwargs,
-        )
-    ).eval()
+    """timm's model of a configuration of two branches."""
+    options = {**timm_options(config), "num_classes": config.num_labels, "drop_path_rate": config.drop_path_rate}
+    return perturb(CrossVit(**options, **kwargs)).eval()
