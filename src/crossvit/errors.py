@@ -1,0 +1,29 @@
+# Copyright 2026 The CrossViT for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Errors of commands."""
+
+
+class CommandError(ValueError):
+    """What the user did, gave or met, in one line that names it and the remedy."""
+
+
+class ImageDatasetError(CommandError):
+    """What is wrong with the images or labels of a user; it names the file or the row."""
+
+
+class ResumeError(CommandError):
+    """A run that cannot go on."""
+
+
+__all__ = ["CommandError", "ImageDatasetError", "ResumeError"]
