@@ -1,0 +1,64 @@
+# Copyright 2026 The CrossViT for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The native image sizes of a model and of its image processor, changed together."""
+
+from typing import Any
+
+from .configuration_crossvit import CrossViTConfig
+from .image_processing_crossvit import CrossViTImageProcessor
+
+
+PAPER_EDGE, PAPER_CROP = 8, 7  # the paper's evaluation cuts 240 out of 274 pixels
+
+
+def make_image_processor(config: CrossViTConfig, **kwargs) -> CrossViTImageProcessor:
+    """An image processor for a model that has none yet; `kwargs` are its other options."""
+    processor = CrossViTImageProcessor(**kwargs)
+    set_processor_size(processor, config.image_sizes[0], PAPER_EDGE, PAPER_CROP)
+    return processor
+
+
+def set_processor_size(processor: Any, image_size: tuple[int, int], edge: int, crop: int) -> None:
+    """Lets the processor make images of this size: square ones by cutting `crop` out of `edge` pixels."""
+    height, width = image_size
+    processor.do_resize = processor.do_center_crop = True
+    processor.crop_size = {"height": height, "width": width}
+    # An image is rarely a rectangle of just these sides: cut out of the middle it would lack much or get a margin
+    processor.size = {"shortest_edge": height * edge // crop} if height == width else dict(processor.crop_size)
+
+
+def set_image_size(model: Any, processor: Any, height: int, width: int) -> None:
+    """
+    Makes another image size native to a model and its image processor, for good: the first branch takes images of
+    `height` and `width` pixels, the others keep their ratio to it, rounded to whole patches.
+
+    Square images are cut out of the middle of the same part of an image as before; for others, images are resized to
+    just these sides.
+
+    Args:
+        model ([`CrossViTForImageClassification`]): its position embeddings are interpolated.
+        processor ([`CrossViTImageProcessor`]): of the model.
+
+    Raises:
+        `ValueError`: for a size that the model cannot take.
+    """
+    if height < 1 or width < 1:
+        raise ValueError(f"The image size must be positive, got {height}x{width}.")
+    sizes = tuple(embeddings.get_image_size(height, width, True) for embeddings in model.branch_embeddings)
+    model.resize_position_embeddings(sizes)
+    edge, crop = processor.size.get("shortest_edge"), processor.crop_size["height"]
+    set_processor_size(processor, sizes[0], *((edge, crop) if edge and processor.do_center_crop else (1, 1)))
+
+
+__all__ = ["make_image_processor", "set_image_size"]
