@@ -11,117 +11,268 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The Trainer with a model card that says what is known of a fine-tuned CrossViT, and no more."""
+"""
+The Trainer for CrossViT: the recipe's loss, weight decay and sampling, checkpoints that survive a crash, and a model
+card that says what is known.
+"""
 
+import contextlib
+import errno
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
-from transformers import Trainer
-from transformers.modelcard import TrainingSummary, make_markdown_table
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
-from .configuration_crossvit import CrossViTConfig
+from .averaging import ExponentialMovingAverage, check_decay
+from .model_card import write_model_card
 from .modeling_crossvit import CrossViTForImageClassification
+from .resuming import FILES_NAME
+from .sampling import AugmentationSampler, ImageDataset, ImageStream
 
 
-USAGE = """\
-```python
-from transformers import pipeline
-
-classifier = pipeline("image-classification", model="{repository}"{remote_code})
-print(classifier("image.jpg"))
-```"""
-
-
-def find_base_model(config: CrossViTConfig) -> tuple[str | None, str]:
-    """
-    Where the weights came from that a model with this configuration began with.
-
-    Returns:
-        `tuple[str | None, str]`: the repository on the Hub, if it is known, and a sentence.
-    """
-    origin = config._name_or_path
-    if not origin:
-        return None, "It was trained from scratch."
-    if not Path(origin).is_dir():
-        return origin, f"It was fine-tuned from [{origin}](https://huggingface.co/{origin})."
-    # A converted or fine-tuned checkpoint names its own origin in its card
-    card = Path(origin) / "README.md"
-    base_model = ModelCard.load(card).data.get("base_model") if card.is_file() else None
-    if isinstance(base_model, str):
-        return base_model, f"It was fine-tuned from weights of [{base_model}](https://huggingface.co/{base_model})."
-    return None, "It was fine-tuned from weights on the author's machine, whose origin is not recorded."
+# Beside model.safetensors, which then holds the average, in a checkpoint of a training that goes on
+TRAINING_WEIGHTS_NAME = "training_weights.safetensors"
 
 
 class CrossViTTrainer(Trainer):
     """
-    Transformers' [`~transformers.Trainer`] with a model card that is right about a CrossViT: the stock one takes
-    weights that were loaded from a folder, a converted checkpoint for example, for trained from scratch, and does not
-    say how to load the model. Everything else is the Trainer's.
+    Transformers' [`~transformers.Trainer`], which differs where a CrossViT or its recipe asks for it:
+
+    - class tokens and position embeddings are not decayed, as in the reference;
+    - labels may be probabilities, as mixup and cutmix make them, and label smoothing then works as well. The loss of
+      any kind of labels is a mean over all images of a step, however they are spread over processes and accumulated;
+    - an [`~crossvit.sampling.ImageDataset`] is drawn by an
+      [`~crossvit.sampling.AugmentationSampler`], and a resumed
+      [`~crossvit.sampling.ImageStream`] passes over what it has shown without decoding it;
+    - on request, an exponential moving average of the weights is evaluated and saved;
+    - a checkpoint tells whether it is complete ([`~crossvit.resuming.last_complete_checkpoint`]), and a disk that
+      cannot hold it is noticed before the training;
+    - the model card is right about weights that were loaded from a folder.
+
+    Args:
+        average_decay (`float`, *optional*):
+            Decay of the [`~crossvit.averaging.ExponentialMovingAverage`]; none by default.
+        args, kwargs:
+            As in [`~transformers.Trainer`].
     """
+
+    def __init__(self, *args, average_decay: float | None = None, **kwargs):
+        if average_decay is not None:
+            check_decay(average_decay)
+        self.average_decay = average_decay
+        self.average: ExponentialMovingAverage | None = None
+        self.train_sampler: AugmentationSampler | None = None
+        super().__init__(*args, **kwargs)
+        if self.compute_loss_func is None and isinstance(base_model(self.model), CrossViTForImageClassification):
+            self.compute_loss_func = self.classification_loss
+        self.add_callback(TrainingSteps(self))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        # Accelerate would wrap the embeddings as well as the module in them that FSDP2 takes for the input embeddings
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
+            plugin.transformer_cls_names_to_wrap = ["CrossViTLayer", "CrossViTFusion"]
+
+    def classification_loss(
+        self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """
+        The loss of logits (batch, classes): by `config.problem_type`, or else by the labels as in the model itself.
+
+        Args:
+            outputs ([`CrossViTImageClassifierOutput`]): of the model.
+            labels (`torch.Tensor`): (batch) classes, or (batch, classes) probabilities, or ones for each label.
+            num_items_in_batch (`int`, *optional*): the number of all labels of the step, of all processes.
+        """
+        logits = outputs["logits"]
+        config: Any = self.model.config
+        problem = config.problem_type
+        if problem is None and config.num_labels == 1:
+            problem = "regression"
+        elif problem is None and labels.is_floating_point():
+            problem = "multi_label_classification"
+
+        if problem == "regression":
+            loss = nn.functional.mse_loss(logits.squeeze(), labels.squeeze().to(logits.dtype), reduction="sum")
+        elif problem == "multi_label_classification":
+            loss = nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum")
+        else:
+            # Smoothing belongs to training; evaluations stay comparable
+            smoothing = self.args.label_smoothing_factor if logits.requires_grad else 0.0
+            loss = nn.functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+            # An image has as many probabilities as there are classes, and counts once
+            loss = loss * (labels.numel() / len(labels))
+        return loss / (labels.ne(-100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if not name.endswith(("cls_token", "position_embeddings"))]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(dataset, ImageDataset):
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self.train_sampler = AugmentationSampler(len(dataset), seed, dataset.repeats, self._train_batch_size)
+        return self.train_sampler
 
     def create_model_card(self, **kwargs) -> None:
         """
         Writes README.md into `args.output_dir`. [`~transformers.Trainer.push_to_hub`] calls it with its own options.
 
         Args:
-            kwargs (`dict[str, Any]`, *optional*):
-                As in [`~transformers.Trainer.create_model_card`]: `license`, `dataset`, `dataset_tags`... What is not
-                given is not claimed; `finetuned_from` is looked up.
+            kwargs (`dict[str, Any]`, *optional*): as in [`~crossvit.model_card.write_model_card`].
         """
-        model = self.accelerator.unwrap_model(self.model)
-        if not isinstance(model, CrossViTForImageClassification):  # adapters have a card of their own
-            super().create_model_card(**kwargs)
+        if not isinstance(self.accelerator.unwrap_model(self.model), CrossViTForImageClassification):
+            super().create_model_card(**kwargs)  # adapters have a card of their own
+        elif self.is_world_process_zero():
+            write_model_card(self, **kwargs)
+
+    def train(self, *args, **kwargs) -> Any:
+        """
+        As [`~transformers.Trainer.train`]. The model has the average of its weights afterwards, if there is one.
+
+        Raises:
+            `OSError`: if the disk has no room for the checkpoints, before the training or in its course.
+        """
+        if self.average_decay is not None and self.is_fsdp_enabled:
+            raise ValueError("`average_decay` keeps whole weights and does not work with FSDP: use one of them.")
+        self.check_disk_space()
+        if self.average_decay is not None:
+            self.average = ExponentialMovingAverage(self.model, self.average_decay)
+        try:
+            result = super().train(*args, **kwargs)
+        except Exception as error:
+            if self.free_disk_space() < self.checkpoint_size():
+                message = f"no space left on the disk at step {self.state.global_step}; what was saved before is whole"
+                raise OSError(errno.ENOSPC, message, str(self.args.output_dir)) from error
+            raise
+        if self.average is not None:
+            self.average.apply()
+            self.average = None
+        return result
+
+    def checkpoint_size(self) -> int:
+        """Bytes of a training checkpoint: the weights, two moments of the trained ones, and their average."""
+        weights = sum(parameter.nbytes for parameter in self.model.parameters())
+        trained = sum(parameter.nbytes for parameter in self.model.parameters() if parameter.requires_grad)
+        return weights + (2 + (self.average_decay is not None)) * trained
+
+    def free_disk_space(self) -> int:
+        folder = Path(self.args.output_dir).absolute()
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
+
+    def check_disk_space(self) -> None:
+        present = len(list(Path(self.args.output_dir).glob("checkpoint-*")))
+        # One more than are kept: the oldest is deleted when the newest is there
+        checkpoints = max((self.args.save_total_limit or 1) + 1 - present, 1)
+        needed = self.checkpoint_size() * (checkpoints if self.args.save_strategy != SaveStrategy.NO else 1)
+        if (free := self.free_disk_space()) < needed:
+            raise OSError(
+                errno.ENOSPC,
+                f"the checkpoints need {needed / 2**20:,.0f} MiB and the disk has {free / 2**20:,.0f}: make room, save"
+                " less with --save_total_limit, or elsewhere with --output_dir",
+                str(self.args.output_dir),
+            )
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.average is None else self.average.applied()
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        with self.averaged():
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args, **kwargs) -> Any:
+        with self.averaged():
+            return super().predict(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        with self.averaged():
+            super()._save(output_dir, state_dict)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        As in [`~transformers.Trainer.save_model`], but of a model that FSDP has sharded: a whole model that
+        `from_pretrained` loads, whatever the checkpoints are made of; and beside the shards of a checkpoint its
+        configuration and image processor, so that it can be loaded once `accelerate merge-weights` has merged them.
+        """
+        super().save_model(output_dir, _internal_call)
+        if not self.is_fsdp_enabled or "SHARDED" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
             return
-        if not self.is_world_process_zero():
-            return
+        folder = output_dir or self.args.output_dir
+        if not Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR):
+            self._save(folder, state_dict=self.accelerator.get_state_dict(self.model))
+        elif self.args.should_save:
+            base_model(self.accelerator.unwrap_model(self.model)).config.save_pretrained(folder)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
 
-        base_model, origin = find_base_model(model.config)
-        if kwargs.get("finetuned_from"):
-            base_model = kwargs["finetuned_from"]
-            origin = f"It was fine-tuned from [{base_model}](https://huggingface.co/{base_model})."
-        # "" keeps the summary from a guess of its own
-        options = {"tasks": "image-classification", **kwargs, "finetuned_from": base_model or ""}
-        summary = TrainingSummary.from_trainer(self, **options)
-        metadata: dict[str, Any] = {
-            **summary.create_metadata(),
-            "pipeline_tag": "image-classification",
-            "tags": list(dict.fromkeys([*(summary.tags or []), "vision", "image-classification", "crossvit"])),
-        }
-        if not metadata["model-index"][0]["results"]:  # they need a data set with a name
-            del metadata["model-index"]
-        text = [
-            f"# {summary.model_name}",
-            "A CrossViT ([paper](https://arxiv.org/abs/2103.14899)) that tells"
-            f" {model.config.num_labels} classes apart: {class_names(model.config)}. {origin}",
-            f"Data: {', '.join(listed(summary.dataset)) or 'not recorded'}.",
-            "## Use",
-            USAGE.format(
-                repository=self.hub_model_id or Path(self.args.output_dir).name,
-                remote_code=", trust_remote_code=True" if getattr(model.config, "auto_map", None) else "",
-            ),
-            "`trust_remote_code=True` runs the model code of the repository; `import crossvit` makes it unnecessary."
-            if getattr(model.config, "auto_map", None)
-            else "Needs the package `crossvit`, and `import crossvit` first.",
-            "## Training",
-            "\n".join(f"- {name}: {value}" for name, value in (summary.hyperparameters or {}).items()),
-        ]
-        if summary.eval_results:
-            text += ["Last evaluation, on the evaluation data of the training:"]
-            text += ["\n".join(f"- {name}: {value}" for name, value in summary.eval_results.items())]
-        if summary.eval_lines:
-            text += [make_markdown_table(summary.eval_lines)]
-        card = f"---\n{ModelCardData(**metadata)}\n---\n\n" + "\n\n".join(text) + "\n"
-        (Path(self.args.output_dir) / "README.md").write_text(card, encoding="utf-8")
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self.average = None  # The best checkpoint holds an average itself
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.average is not None and self.args.should_save:
+            weights = {name: weight.detach() for name, weight in self.model.named_parameters() if weight.requires_grad}
+            save_file(weights, Path(output_dir) / TRAINING_WEIGHTS_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.average is not None:
+            self.average.restart()
+            weights = load_file(Path(resume_from_checkpoint) / TRAINING_WEIGHTS_NAME)
+            self.model.load_state_dict(weights, strict=False)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The last files but the Trainer's own state, which says that this list is whole
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = Path(output_dir)
+            sizes = {
+                str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()
+            }
+            sizes.pop(FILES_NAME, None)
+            sizes.pop("trainer_state.json", None)
+            (folder / FILES_NAME).write_text(json.dumps(sizes, indent=2))
 
 
-def listed(value: str | list[str] | None) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or [])
+class TrainingSteps(TrainerCallback):
+    """What a [`CrossViTTrainer`] does in the course of a training."""
+
+    def __init__(self, trainer: CrossViTTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs) -> None:
+        stream = self.trainer.train_dataset
+        if isinstance(stream, ImageStream) and state.global_step >= state.max_steps:
+            stream.end()
+        elif isinstance(stream, ImageStream) and not args.ignore_data_skip:
+            batches = state.global_step * args.gradient_accumulation_steps
+            stream.skip(batches, self.trainer._train_batch_size * args.world_size)
+
+    def on_epoch_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs) -> None:
+        # Several processes that resume within an epoch are not told which one it is
+        if self.trainer.train_sampler is not None:
+            self.trainer.train_sampler.set_epoch(int(state.epoch or 0))
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs) -> None:
+        if self.trainer.average is not None:
+            self.trainer.average.update(state.global_step)
 
 
-def class_names(config: CrossViTConfig, limit: int = 20) -> str:
-    names = [str(name) for name in config.id2label.values()]
-    return "; ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def base_model(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 __all__ = ["CrossViTTrainer"]
