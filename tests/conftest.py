@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from commands import run
+from examples_in_process import TINY_TRAINING, run_main, write_zoo
 
 from crossvit import CrossViTConfig
 
@@ -90,3 +91,42 @@ def refuse(command, tmp_path):
         return lines[0]
 
     return refuse_source
+
+
+@pytest.fixture
+def zoo(tmp_path) -> Path:
+    """A folder of 24 images of three classes to train with, and 9 for validation."""
+    write_zoo(tmp_path / "zoo", images=8)
+    return write_zoo(tmp_path / "zoo", images=3, splits=("validation",))
+
+
+@pytest.fixture
+def example(monkeypatch, capsys):
+    """Runs a command of examples/ in this process: its exit status, what it prints, and what it says on stderr."""
+    monkeypatch.setattr(sys, "argv", [])
+
+    def run_example(name: str, *arguments) -> tuple[int, str, str]:
+        status = 0
+        try:
+            run_main(name, *arguments)
+        except SystemExit as error:
+            status = error.code
+        return status, *capsys.readouterr()
+
+    return run_example
+
+
+@pytest.fixture
+def finetune(example, zoo, small_config, tmp_path):
+    """Fine-tunes the small model on the zoo with further options, and returns the folder of the result."""
+    small_config.save_pretrained(tmp_path / "config")
+
+    def run_finetune(*arguments, output="tuned", start=("--config", "config"), data=None) -> Path:
+        status, _, errors = example(
+            "finetune", start[0], tmp_path / start[1], "--data", data or zoo, "--output_dir", tmp_path / output,
+            *TINY_TRAINING, *arguments,
+        )  # fmt: skip
+        assert status == 0, errors
+        return tmp_path / output
+
+    return run_finetune

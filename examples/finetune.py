@@ -1,0 +1,168 @@
+# Copyright 2026 The CrossViT for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Fine-tunes a CrossViT on images of your own, from a folder, a saved data set or the Hub; or trains a fresh one.
+
+    python examples/finetune.py --model my-crossvit --data photos --output_dir outputs/photos
+
+The same command goes on where it stopped. Every option of Transformers' TrainingArguments works too:
+
+    --bf16 --gradient_checkpointing --gradient_accumulation_steps 4 --torch_compile --push_to_hub
+    torchrun --nproc_per_node 8 examples/finetune.py ...      # on several devices
+"""
+
+import sys
+
+
+if __name__ == "__main__":  # This folder comes first, and its evaluate.py would hide the library of that name
+    del sys.path[0]
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, get_peft_model
+from transformers import TrainingArguments
+
+from crossvit import CrossViTForImageClassification
+from crossvit.augmentation import AugmentationArguments
+from crossvit.command_line import load_checkpoint, load_config, make_parser, parse, run
+from crossvit.errors import CommandError
+from crossvit.image_datasets import DataArguments, LabelledImages
+from crossvit.image_sizes import set_image_size
+from crossvit.training import TRAINING_DEFAULTS, finish, make_trainer, training_run
+
+
+DEFAULTS = {
+    "output_dir": "outputs/finetune",
+    "num_train_epochs": 10,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "learning_rate": 5e-5,
+    "weight_decay": 0.05,
+    "warmup_steps": 0.05,  # below 1: a part of all steps
+    "lr_scheduler_type": "cosine",
+}
+
+
+ADAPTER_CARD = """\
+# LoRA adapter of a CrossViT
+
+Adapters and heads for {labels} classes, named in config.json, for the model `{origin}`; merged with it they are the
+model in the folder above. On that model itself, which gets the image size of config.json:
+
+```python
+from peft import PeftModel
+
+from crossvit import CrossViTConfig, CrossViTForImageClassification
+
+model = CrossViTForImageClassification.from_pretrained(
+    "{origin}", num_labels={labels}, ignore_mismatched_sizes=True
+)
+model.resize_position_embeddings(CrossViTConfig.from_pretrained("adapter").image_size)
+model = PeftModel.from_pretrained(model, "adapter")
+```
+"""
+
+
+@dataclass
+class ModelArguments:
+    """Which model to train, and how much of it."""
+
+    model: str | None = field(default=None, metadata={"help": "Folder or Hub id of a CrossViT to fine-tune."})
+    config: str | None = field(
+        default=None, metadata={"help": "Instead: folder or file of a configuration to train from scratch."}
+    )
+    image_size: str | None = field(
+        default=None, metadata={"help": "Native image size in pixels, 224 or 256x128 (height x width)."}
+    )
+    lora_rank: int = field(
+        default=0, metadata={"help": "Train adapters of this rank (LoRA) and the heads alone; 0: all weights."}
+    )
+    drop_path_rate: float | None = field(default=None, metadata={"help": "Stochastic depth; default: the model's."})
+    average_decay: float | None = field(
+        default=None, metadata={"help": "Decay of a moving average of the weights, which is evaluated and saved."}
+    )
+
+    def __post_init__(self):
+        if (self.model is None) == (self.config is None):
+            raise ValueError("give --model, a CrossViT to fine-tune, or --config, one to train from scratch")
+        sides = (self.image_size or "1").lower().split("x")
+        if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+            raise ValueError(f"--image_size {self.image_size}: give pixels as 224 or, height first, as 256x128")
+        if self.lora_rank < 0:
+            raise ValueError(f"--lora_rank {self.lora_rank}: must be 0 or more")
+
+
+def make_model(args: ModelArguments, images: LabelledImages, pretrained: Any, config: Any, processor: Any) -> Any:
+    """The model for the classes of the images, of the size that was asked for."""
+    names = dict(enumerate(images.class_names))
+    if pretrained is not None and config.id2label == names:
+        model: Any = pretrained
+    else:  # New heads: the old ones know other classes
+        config = copy.deepcopy(config)
+        config.id2label, config.label2id = names, {name: index for index, name in names.items()}
+        model = CrossViTForImageClassification(config)
+        if pretrained is not None:
+            model.crossvit = pretrained.crossvit
+    model.config.problem_type = f"{'multi' if images.multi_label else 'single'}_label_classification"
+    if args.image_size:
+        sides = [int(side) for side in args.image_size.lower().split("x")]
+        try:
+            set_image_size(model, processor, sides[0], sides[-1])
+        except (RuntimeError, ValueError) as error:
+            raise CommandError(f"--image_size {args.image_size}: {error}") from error
+        sizes = (f"{height}x{width}" for height, width in model.config.image_sizes)
+        print(f"Image sizes of the branches, in pixels: {', '.join(sizes)}")
+    if args.lora_rank:
+        layers = ["qkv", "q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
+        lora: Any = {"r": args.lora_rank, "lora_alpha": 2 * args.lora_rank, "target_modules": layers}
+        model = get_peft_model(model, LoraConfig(**lora, modules_to_save=["classifier"]))
+    return model
+
+
+def save_adapter(model: Any, processor: Any, folder: Path, origin: str) -> None:
+    """Saves the adapters and heads for those who have the model, with the classes and image size that they are for."""
+    model.save_pretrained(folder)
+    config = model.get_base_model().config
+    config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    (folder / "README.md").write_text(ADAPTER_CARD.format(origin=origin, labels=config.num_labels), encoding="utf-8")
+
+
+def main() -> None:
+    groups: Any = [ModelArguments, DataArguments, AugmentationArguments, TrainingArguments]
+    parser = make_parser(groups, __doc__, TRAINING_DEFAULTS | DEFAULTS)
+    model_args, data, augmentation, args = parse(parser)
+    options = {} if model_args.drop_path_rate is None else {"drop_path_rate": model_args.drop_path_rate}
+    pretrained = None
+    if model_args.model:
+        pretrained, processor = load_checkpoint(model_args.model, **options)
+        config = pretrained.config
+    else:
+        config, processor = load_config(model_args.config, **options)
+
+    with training_run(data, args, model_args, augmentation) as (images, checkpoint):
+        model = make_model(model_args, images, pretrained, config, processor)
+        trainer = make_trainer(model, processor, images, data, augmentation, args, model_args.average_decay)
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        if model_args.lora_rank:
+            if args.should_save:
+                save_adapter(model, processor, Path(args.output_dir) / "adapter", model_args.model or "the same model")
+            trainer.model = trainer.model_wrapped = model.merge_and_unload()  # one model for everyone
+        finish(trainer, images, data)
+
+
+if __name__ == "__main__":
+    run(main)

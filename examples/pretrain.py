@@ -1,0 +1,191 @@
+# Copyright 2026 The CrossViT for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Trains a CrossViT from scratch by the recipe of the paper.
+
+    torchrun --nproc_per_node 8 examples/pretrain.py --variant crossvit_15 --data imagenet --bf16
+    python examples/pretrain.py --variant crossvit_15 --plan --bf16      # the days it takes on machines like this one
+
+The recipe is a file, paper_recipe.json beside this one; --recipe names another, and each of its values is an option of
+the command, as are those of Transformers' TrainingArguments. The same command goes on where it stopped.
+"""
+
+import sys
+
+
+if __name__ == "__main__":  # This folder comes first, and its evaluate.py would hide the library of that name
+    del sys.path[0]
+
+import json
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
+from crossvit.augmentation import AugmentationArguments
+from crossvit.command_line import load_config, make_parser, parse, run
+from crossvit.errors import CommandError
+from crossvit.image_datasets import DataArguments
+from crossvit.training import TRAINING_DEFAULTS, finish, make_trainer, training_run
+
+
+VARIANTS = Path(__file__).parents[1] / "conversion" / "variants.json"
+IMAGENET_IMAGES = 1_281_167  # to train with
+DEFAULTS = {
+    "output_dir": "outputs/pretrain",
+    "per_device_eval_batch_size": 128,
+    "lr_scheduler_type": "cosine_warmup_with_min_lr",
+    "load_best_model_at_end": False,  # as in the paper, the last weights count
+}
+
+
+@dataclass
+class PretrainArguments:
+    """Which model to train by which recipe."""
+
+    variant: str | None = field(default=None, metadata={"help": "One of the published models, such as crossvit_15."})
+    config: str | None = field(default=None, metadata={"help": "Instead: folder or file of a configuration."})
+    recipe: str = field(
+        default=str(Path(__file__).parent / "paper_recipe.json"),
+        metadata={"help": "JSON file with values of these options."},
+    )
+    plan: bool = field(
+        default=False, metadata={"help": "Measure this machine, print what 1, 8 and 32 of it would need, and end."}
+    )
+    total_batch_size: int = field(default=4096, metadata={"help": "Images of a step, of all devices together."})
+    learning_rate_batch_size: int = field(
+        default=4096, metadata={"help": "Images of a step for which --learning_rate is; it grows in proportion."}
+    )
+    warmup_learning_rate: float = field(default=0.0, metadata={"help": "Learning rate at the beginning."})
+    min_learning_rate: float = field(default=0.0, metadata={"help": "Learning rate at the end."})
+    drop_path_rate: float = field(default=0.0, metadata={"help": "Stochastic depth."})
+    average_decay: float = field(
+        default=0.0, metadata={"help": "Decay of the moving average of the weights; 0 for none."}
+    )
+
+
+def read_recipe(path: str, known: set[str]) -> dict[str, Any]:
+    try:
+        recipe = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--recipe {path}: {getattr(error, 'strerror', None) or error}") from error
+    if not isinstance(recipe, dict):
+        raise CommandError(f"--recipe {path}: names and values of options are expected, got {recipe!r:.40}")
+    if unknown := sorted(set(recipe) - known):
+        raise CommandError(f"--recipe {path}: no options of this command: {', '.join(unknown)}")
+    return recipe
+
+
+def load_model_config(args: PretrainArguments) -> tuple[CrossViTConfig, CrossViTImageProcessor]:
+    """The configuration to train and its image processor."""
+    if (args.variant is None) == (args.config is None):
+        raise CommandError("give --variant, one of the published models, or --config, one of your own")
+    if args.config:
+        return load_config(args.config, drop_path_rate=args.drop_path_rate)
+    variants = {variant["name"]: variant for variant in json.loads(VARIANTS.read_text(encoding="utf-8"))}
+    if args.variant not in variants:
+        raise CommandError(f"--variant {args.variant}: none of {', '.join(variants)}")
+    variant = variants[args.variant]
+    preprocessing = variant["preprocessing"]
+    side = preprocessing["center_crop"]
+    processor = CrossViTImageProcessor(
+        size={"shortest_edge": preprocessing["resize_shortest_edge"]}, crop_size={"height": side, "width": side}
+    )
+    try:
+        return CrossViTConfig(**variant["config"], drop_path_rate=args.drop_path_rate), processor
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def set_batch_and_learning_rate(recipe: PretrainArguments, args: TrainingArguments) -> None:
+    """Accumulates gradients up to the recipe's batch, and scales the learning rate with it."""
+    for group, name in ((recipe, "total_batch_size"), (recipe, "learning_rate_batch_size"), (args, "learning_rate")):
+        if getattr(group, name) <= 0:
+            raise CommandError(f"--{name} {getattr(group, name)}: must be above 0")
+    at_once = args.train_batch_size * args.world_size
+    if recipe.total_batch_size % at_once:
+        raise CommandError(
+            f"--total_batch_size {recipe.total_batch_size}: no multiple of the {at_once} images at once"
+            f" ({args.world_size} processes of --per_device_train_batch_size {args.train_batch_size})"
+        )
+    args.gradient_accumulation_steps = recipe.total_batch_size // at_once
+    args.learning_rate *= recipe.total_batch_size / recipe.learning_rate_batch_size
+    args.lr_scheduler_kwargs = {
+        "min_lr": recipe.min_learning_rate,
+        "warmup_lr_rate": recipe.warmup_learning_rate / args.learning_rate,
+    }
+
+
+def print_plan(config: CrossViTConfig, recipe: PretrainArguments, args: TrainingArguments) -> None:
+    """Measures training steps on this machine, and prints what the recipe takes on more of them."""
+    batch = args.per_device_train_batch_size
+    model: Any = CrossViTForImageClassification(config).train()
+    model.to(args.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    images = torch.randn(batch, config.num_channels, *config.image_sizes[0], device=args.device)
+    labels = torch.randint(config.num_labels, (batch,), device=args.device)
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        with torch.autocast(args.device.type, dtype=torch.bfloat16, enabled=args.bf16):
+            loss = model(images, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    rate = batch / statistics.median(seconds[1:])
+    name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "CPU"
+    print(f"{name}: {rate:,.1f} images per second and device, {batch} at once, without reading images")
+    print(f"{args.num_train_epochs:g} epochs of ImageNet, {recipe.total_batch_size} images per step:")
+    print(f"{'devices':>8} {'per device':>11} {'accumulated':>12} {'learning rate':>14} {'steps':>8} {'days':>8}")
+    for devices in (1, 8, 32):
+        accumulated = max(recipe.total_batch_size // (batch * devices), 1)
+        total = batch * devices * accumulated
+        learning_rate = args.learning_rate * total / recipe.learning_rate_batch_size
+        steps = args.num_train_epochs * IMAGENET_IMAGES / total
+        days = args.num_train_epochs * IMAGENET_IMAGES / (rate * devices) / 86_400
+        print(f"{devices:8} {batch:11} {accumulated:12} {learning_rate:14.2g} {steps:8,.0f} {days:8,.1f}")
+    print("Days if the devices do not wait for each other or for images.")
+
+
+def main() -> None:
+    groups: Any = [PretrainArguments, DataArguments, AugmentationArguments, TrainingArguments]
+    parser = make_parser(groups, __doc__, TRAINING_DEFAULTS | DEFAULTS)
+    path = parser.parse_known_args()[0].recipe
+    parser.set_defaults(**read_recipe(path, {action.dest for action in parser._actions} - {"help"}))
+    recipe, data, augmentation, args = parse(parser)
+
+    config, processor = load_model_config(recipe)
+    if recipe.plan:
+        return print_plan(config, recipe, args)
+    set_batch_and_learning_rate(recipe, args)
+    with training_run(data, args, recipe, augmentation) as (images, checkpoint):
+        if images.multi_label:
+            raise CommandError(f"{data.data}: the recipe mixes images with one label each, these have several")
+        config.id2label = dict(enumerate(images.class_names))
+        config.label2id = {name: index for index, name in config.id2label.items()}
+        config.problem_type = "single_label_classification"  # even where the labels are probabilities
+        model = CrossViTForImageClassification(config)
+        trainer = make_trainer(model, processor, images, data, augmentation, args, recipe.average_decay or None)
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        finish(trainer, images, data)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,138 @@
+"""The paper's recipe: its numbers, how they scale, and that it learns."""
+
+import json
+import math
+
+import numpy as np
+import PIL.Image
+import pytest
+from examples_in_process import EXAMPLES, history
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
+from crossvit.trainer import CrossViTTrainer
+
+
+TINY = ["--use_cpu", "--disable_tqdm", "true", "--report_to", "none", "--logging_steps", "1"]
+TINY += ["--total_batch_size", "16", "--per_device_train_batch_size", "4", "--learning_rate_batch_size", "8"]
+
+
+@pytest.fixture
+def pretrain(example, small_config, zoo, tmp_path):
+    small_config.save_pretrained(tmp_path / "config")
+
+    def run(*options, status=0) -> str:
+        arguments = ["--config", tmp_path / "config", "--data", zoo, "--output_dir", tmp_path / "out", *TINY]
+        code, output, errors = example("pretrain", *arguments, *options)
+        assert code == status, errors
+        return output if not status else errors.strip().splitlines()[-1]
+
+    return run
+
+
+def test_the_recipe_is_that_of_the_paper():
+    recipe = json.loads((EXAMPLES / "paper_recipe.json").read_text())
+    assert recipe["num_train_epochs"] == 300 and recipe["warmup_steps"] * 300 == 30
+    assert (recipe["total_batch_size"], recipe["learning_rate"], recipe["learning_rate_batch_size"]) == (
+        4096,
+        4e-3,
+        4096,
+    )
+    assert (recipe["warmup_learning_rate"], recipe["min_learning_rate"]) == (1e-6, 1e-5)
+    assert (recipe["weight_decay"], recipe["max_grad_norm"], recipe["drop_path_rate"]) == (0.05, 0, 0.1)
+    assert (recipe["label_smoothing_factor"], recipe["mixup_alpha"], recipe["cutmix_alpha"]) == (0.1, 0.8, 1.0)
+    assert (recipe["randaugment_layers"], recipe["randaugment_magnitude"], recipe["random_erasing"]) == (2, 9, 0.25)
+    assert recipe["augmentation_repeats"] == 3
+
+
+def test_steps_and_learning_rates(pretrain, tmp_path):
+    pretrain("--num_train_epochs", "10", "--learning_rate", "1e-3")
+    # 24 images in accumulated batches of 4 times 4: two steps per epoch
+    rates = history(tmp_path / "out", "learning_rate")
+    assert len(rates) == 20
+    peak = 1e-3 * 16 / 8
+    # Linear warm-up in the first tenth, then a cosine to the floor
+    assert rates[0] == pytest.approx(1e-6) and max(rates) == pytest.approx(peak)
+    expected = [1e-5 + (peak - 1e-5) * (1 + math.cos(math.pi * step / 18)) / 2 for step in range(1, 19)]
+    np.testing.assert_allclose(rates[2:], expected, rtol=1e-6)
+
+
+def test_tokens_positions_biases_and_norms_are_not_decayed(small_config):
+    model = CrossViTForImageClassification(small_config)
+    trainer = CrossViTTrainer(model)
+    trainer.create_optimizer()
+    decayed = {id(parameter) for parameter in trainer.optimizer.param_groups[0]["params"]}
+    assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [trainer.args.weight_decay, 0.0]
+    for name, parameter in model.named_parameters():
+        plain = "cls_token" in name or "position_embeddings" in name or "norm" in name or name.endswith("bias")
+        assert (id(parameter) in decayed) != plain, name
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--total_batch_size", "18"], "--total_batch_size 18: no multiple of the 4 images"),
+        (["--recipe", "missing.json"], "--recipe missing.json: No such file"),
+        (["--variant", "crossvit_15"], "give --variant, one of the published models, or --config"),
+        (["--drop_path_rate", "2"], "`drop_path_rate` must be at least 0 and below 1, got 2.0"),
+        (["--data", ""], "give --data"),
+        (["--streaming"], "--max_steps"),
+    ],
+)
+def test_what_is_wrong_is_named(pretrain, options, message):
+    assert message in pretrain(*options, status=1)
+
+
+@pytest.mark.parametrize(
+    "recipe, message",
+    [("[1]", "names and values"), ('{"mixup": 1}', "no options of this command: mixup"), ("{", "Expecting property")],
+)
+def test_a_wrong_recipe_is_named(pretrain, tmp_path, recipe, message):
+    (tmp_path / "recipe.json").write_text(recipe)
+    assert message in pretrain("--recipe", tmp_path / "recipe.json", status=1)
+
+
+def test_the_plan_is_worked_out_from_what_was_measured(example):
+    code, output, errors = example("pretrain", "--variant", "crossvit_tiny", "--plan", "--use_cpu",
+                                   "--per_device_train_batch_size", "2")  # fmt: skip
+    assert code == 0, errors
+    rate = float(output.split(" images per second")[0].split()[-1])
+    rows = [line.split() for line in output.splitlines()[3:6]]
+    assert [row[0] for row in rows] == ["1", "8", "32"]
+    for devices, batch, accumulated, learning_rate, steps, days in rows:
+        assert int(devices) * int(batch) * int(accumulated) == 4096 and float(learning_rate) == 0.004
+        assert int(steps.replace(",", "")) == round(300 * 1_281_167 / 4096)
+        expected = 300 * 1_281_167 / (rate * int(devices)) / 86_400
+        assert float(days.replace(",", "")) == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.slow
+def test_the_recipe_learns_digits_from_scratch(example, tmp_path):
+    digits = load_digits()
+    images = (digits.images * 255 / 16).astype(np.uint8)
+    parts = train_test_split(images, digits.target, test_size=0.2, stratify=digits.target, random_state=0)
+    for split, images, labels in (("train", parts[0], parts[2]), ("validation", parts[1], parts[3])):
+        for number, (image, label) in enumerate(zip(images, labels)):
+            folder = tmp_path / "digits" / split / str(label)
+            folder.mkdir(parents=True, exist_ok=True)
+            PIL.Image.fromarray(image).save(folder / f"{number}.png")
+    CrossViTConfig(
+        image_size=(24, 28), patch_size=(4, 7), embed_dim=(64, 64), num_heads=(4, 4), depth=((1, 2, 0),),
+        initializer_range=0.15,
+    ).save_pretrained(tmp_path / "config")  # fmt: skip
+    processor = CrossViTImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
+    processor.save_pretrained(tmp_path / "config")
+    # All that the recipe has, milder where so small a model and images would lose the digit, and no mirror images
+    status, _, errors = example(
+        "pretrain", "--config", tmp_path / "config", "--data", tmp_path / "digits", "--output_dir", tmp_path / "out",
+        "--use_cpu", "--disable_tqdm", "true", "--report_to", "none", "--eval_strategy", "no", "--save_strategy", "no",
+        "--num_train_epochs", "30", "--total_batch_size", "32", "--per_device_train_batch_size", "32",
+        "--learning_rate_batch_size", "32", "--learning_rate", "1e-3", "--average_decay", "0.99",
+        "--crop_scale", "0.8", "1.0", "--horizontal_flip", "0", "--mixup_alpha", "0.1", "--cutmix_alpha", "0.1",
+        "--randaugment_layers", "1", "--randaugment_magnitude", "2", "--random_erasing", "0.1",
+        "--augmentation_repeats", "2", "--drop_path_rate", "0.05",
+    )  # fmt: skip
+    assert status == 0, errors
+    results = json.loads((tmp_path / "out" / "validation_results.json").read_text())
+    assert results["eval_accuracy"] >= 0.97  # 98.1 to 98.6 % were measured over three seeds
