@@ -133,6 +133,14 @@ def test_accumulated_batches_train_as_one(small_config, tmp_path, kind):
             torch.testing.assert_close(found[name], expected, atol=1e-6, rtol=0)
 
 
+def test_several_gpus_of_one_process_have_one_loss(trainer, monkeypatch):
+    """`DataParallel` brings all logits together; the Trainer then multiplies the loss by the number of GPUs."""
+    logits, labels = torch.randn(6, 5), torch.arange(6) % 5
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    loss = trainer.classification_loss({"logits": logits}, labels, torch.tensor(6).unsqueeze(0).expand(2, -1))
+    torch.testing.assert_close(2 * loss, torch.nn.functional.cross_entropy(logits, labels))
+
+
 def test_a_disk_that_is_too_small_is_noticed(trainer, monkeypatch):
     usage = type("Usage", (), {"free": 3 * trainer.checkpoint_size() - 1})
     trainer.args.save_total_limit = 2
@@ -148,7 +156,7 @@ def test_a_disk_that_is_too_small_is_noticed(trainer, monkeypatch):
         raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
 
     trainer._save_optimizer_and_scheduler = fill_disk
-    with pytest.raises(OSError, match="no space left on the disk at step 2; what was saved before is whole"):
+    with pytest.raises(OSError, match=r"the disk is full at step 2, what was saved before is whole \(Pytorch"):
         trainer.train()
 
 

@@ -112,15 +112,11 @@ class ImageStream(torch.utils.data.IterableDataset):
         self.examples, self.training, self.repeats, self.batch_size = examples, training, repeats, batch_size
         self.skipped_batches = 0  # of all processes together, whose images nobody will look at
         self.global_batch_size = batch_size
-        self.ended = False
+        self.ended = False  # a training that was over when it was resumed would take one step too many
 
     def skip(self, batches: int, global_batch_size: int) -> None:
         """Lets the images of the first batches go undecoded: a resumed training only counts them."""
         self.skipped_batches, self.global_batch_size = batches, global_batch_size
-
-    def end(self) -> None:
-        """Shows nothing more: a training that was over when it was resumed would take one step too many."""
-        self.ended = True
 
     def __iter__(self) -> Iterator[dict[str, Any] | None]:
         worker = torch.utils.data.get_worker_info()

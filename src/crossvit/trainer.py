@@ -27,9 +27,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from .averaging import ExponentialMovingAverage, check_decay
+from .errors import ResumeError
 from .model_card import write_model_card
 from .modeling_crossvit import CrossViTForImageClassification
 from .resuming import FILES_NAME
@@ -69,12 +71,19 @@ class CrossViTTrainer(Trainer):
         self.average: ExponentialMovingAverage | None = None
         self.train_sampler: AugmentationSampler | None = None
         super().__init__(*args, **kwargs)
+        if average_decay is not None and (self.is_fsdp_enabled or self.model_init is not None):
+            raise ValueError(
+                "`average_decay` needs one whole model: it works neither with FSDP nor with `model_init`."
+            )
         if self.compute_loss_func is None and isinstance(base_model(self.model), CrossViTForImageClassification):
             self.compute_loss_func = self.classification_loss
         self.add_callback(TrainingSteps(self))
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
+        if not self.is_deepspeed_enabled:
+            # The Trainer scales losses by itself; that of 5.4 lets accelerate divide them once more
+            self.accelerator.gradient_accumulation_steps = 1
         # Accelerate would wrap the embeddings as well as the module in them that FSDP2 takes for the input embeddings
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
@@ -91,7 +100,7 @@ class CrossViTTrainer(Trainer):
             labels (`torch.Tensor`): (batch) classes, or (batch, classes) probabilities, or ones for each label.
             num_items_in_batch (`int`, *optional*): the number of all labels of the step, of all processes.
         """
-        logits = outputs["logits"]
+        logits = outputs["logits"].float()
         config: Any = self.model.config
         problem = config.problem_type
         if problem is None and config.num_labels == 1:
@@ -100,7 +109,7 @@ class CrossViTTrainer(Trainer):
             problem = "multi_label_classification"
 
         if problem == "regression":
-            loss = nn.functional.mse_loss(logits.squeeze(), labels.squeeze().to(logits.dtype), reduction="sum")
+            loss = nn.functional.mse_loss(logits, labels.to(logits.dtype).view_as(logits), reduction="sum")
         elif problem == "multi_label_classification":
             loss = nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum")
         else:
@@ -109,7 +118,11 @@ class CrossViTTrainer(Trainer):
             loss = nn.functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
             # An image has as many probabilities as there are classes, and counts once
             loss = loss * (labels.numel() / len(labels))
-        return loss / (labels.ne(-100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is None:
+            return loss / labels.ne(-100).sum().clamp(min=1)
+        if self.args.n_gpu > 1:  # the Trainer multiplies by it, for losses that each replica takes the mean of
+            num_items_in_batch = torch.as_tensor(num_items_in_batch).flatten()[0] * self.args.n_gpu
+        return loss / num_items_in_batch
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         names = super().get_decay_parameter_names(model)
@@ -119,7 +132,7 @@ class CrossViTTrainer(Trainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if not isinstance(dataset, ImageDataset):
             return super()._get_train_sampler(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        seed = order_seed(self.args)
         self.train_sampler = AugmentationSampler(len(dataset), seed, dataset.repeats, self._train_batch_size)
         return self.train_sampler
 
@@ -142,8 +155,6 @@ class CrossViTTrainer(Trainer):
         Raises:
             `OSError`: if the disk has no room for the checkpoints, before the training or in its course.
         """
-        if self.average_decay is not None and self.is_fsdp_enabled:
-            raise ValueError("`average_decay` keeps whole weights and does not work with FSDP: use one of them.")
         self.check_disk_space()
         if self.average_decay is not None:
             self.average = ExponentialMovingAverage(self.model, self.average_decay)
@@ -151,7 +162,9 @@ class CrossViTTrainer(Trainer):
             result = super().train(*args, **kwargs)
         except Exception as error:
             if self.free_disk_space() < self.checkpoint_size():
-                message = f"no space left on the disk at step {self.state.global_step}; what was saved before is whole"
+                message = (
+                    f"the disk is full at step {self.state.global_step}, what was saved before is whole ({error})"
+                )
                 raise OSError(errno.ENOSPC, message, str(self.args.output_dir)) from error
             raise
         if self.average is not None:
@@ -161,8 +174,9 @@ class CrossViTTrainer(Trainer):
 
     def checkpoint_size(self) -> int:
         """Bytes of a training checkpoint: the weights, two moments of the trained ones, and their average."""
-        weights = sum(parameter.nbytes for parameter in self.model.parameters())
         trained = sum(parameter.nbytes for parameter in self.model.parameters() if parameter.requires_grad)
+        adapted = base_model(self.model) is not self.model  # the rest is not saved
+        weights = trained if adapted else sum(parameter.nbytes for parameter in self.model.parameters())
         return weights + (2 + (self.average_decay is not None)) * trained
 
     def free_disk_space(self) -> int:
@@ -196,7 +210,7 @@ class CrossViTTrainer(Trainer):
             return super().predict(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with self.averaged():
+        with self.averaged() if self.args.should_save else contextlib.nullcontext():
             super()._save(output_dir, state_dict)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -239,11 +253,9 @@ class CrossViTTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             folder = Path(output_dir)
-            sizes = {
-                str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()
-            }
-            sizes.pop(FILES_NAME, None)
-            sizes.pop("trainer_state.json", None)
+            files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
+            # Of an earlier attempt at this checkpoint, they may be there already
+            sizes = {n: file.stat().st_size for n, file in files.items() if n not in (FILES_NAME, TRAINER_STATE_NAME)}
             (folder / FILES_NAME).write_text(json.dumps(sizes, indent=2))
 
 
@@ -254,10 +266,16 @@ class TrainingSteps(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs) -> None:
+        # Where it is now: the folder may have been moved since
+        best = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+        if state.best_global_step and best.is_dir():
+            state.best_model_checkpoint = str(best)
+        elif state.best_global_step and args.load_best_model_at_end:
+            raise ResumeError(f"{best}: the best checkpoint so far is missing; use another --output_dir to begin anew")
         stream = self.trainer.train_dataset
-        if isinstance(stream, ImageStream) and state.global_step >= state.max_steps:
-            stream.end()
-        elif isinstance(stream, ImageStream) and not args.ignore_data_skip:
+        if isinstance(stream, ImageStream):
+            stream.ended = state.global_step >= state.max_steps
+        if isinstance(stream, ImageStream) and not args.ignore_data_skip:
             batches = state.global_step * args.gradient_accumulation_steps
             stream.skip(batches, self.trainer._train_batch_size * args.world_size)
 
@@ -269,6 +287,11 @@ class TrainingSteps(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs) -> None:
         if self.trainer.average is not None:
             self.trainer.average.update(state.global_step)
+
+
+def order_seed(args: TrainingArguments) -> int:
+    """The seed of the order of the images."""
+    return args.seed if args.data_seed is None else args.data_seed
 
 
 def base_model(model: Any) -> Any:
