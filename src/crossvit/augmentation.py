@@ -62,9 +62,10 @@ class AugmentationArguments:
         """
         The transform of one image for training, in the order of timm's and DeiT's.
 
-        RandAugment is torchvision's, whose operations are timm's but for inversion and added solarization. As in
-        timm's "rand-m9-mstd0.5-inc1" an operation is used half the time; the strength varies by one step, with the
-        probabilities of a normal distribution of deviation 0.5.
+        RandAugment is torchvision's. As in timm's "rand-m9-mstd0.5-inc1" an operation is used half the time, and the
+        strength varies by one step of ten with the probabilities of a normal distribution of deviation 0.5. Unlike
+        there, one of the operations is to do nothing, inversion and added solarization are not among them, and
+        posterization keeps four bits or more.
 
         Args:
             size (`tuple[int, int]`): height and width in pixels of what comes out.
@@ -107,8 +108,8 @@ class ImageCollator:
     Makes a batch of rows of an [`~crossvit.sampling.ImageDataset`] or [`~crossvit.sampling.ImageStream`]:
     those that were drawn for training are augmented, the others go through the image processor alone.
 
-    An augmentation is a function of the seed, the epoch and the image: the same in any worker or process, from disk
-    and from a stream, and after a restart.
+    An augmentation is a function of the seed, the epoch and the image (mixing: of the last image of the batch): the
+    same in any worker or process, from disk and from a stream, and after a restart.
 
     Args:
         processor ([`CrossViTImageProcessor`]): of the model; training images get its size and normalization.

@@ -40,10 +40,13 @@ def draw_confusion_matrix(matrix: np.ndarray, class_names: list[str]) -> Figure:
         axis.set_yticks(range(classes), names, parse_math=False)
         for row, column in zip(*np.nonzero(matrix)):
             color = "black" if shares[row, column] > 0.5 else "white"
-            axis.text(column, row, str(matrix[row, column]), ha="center", va="center", color=color, fontsize=7)
-    axis.set(xlabel="predicted class", ylabel="class")
-    axis.set_title(f"{np.trace(matrix):,} of {matrix.sum():,} images are right", fontsize=11)
-    figure.colorbar(image, ax=axis, shrink=0.8, label="share of the images of the class")
+            axis.text(column, row, str(matrix[row, column]), ha="center", va="center", color=color, fontsize=9)
+    what = "class" if classes <= MAX_NAMES else "class (its index)"
+    size = 8 + side / 2  # of letters, in points
+    axis.set_xlabel(f"predicted {what}", fontsize=size)
+    axis.set_ylabel(what, fontsize=size)
+    axis.set_title(f"{np.trace(matrix):,} of {matrix.sum():,} images are right", fontsize=size)
+    figure.colorbar(image, ax=axis, shrink=0.8).set_label("share of the images of the class", fontsize=size)
     return figure
 
 
