@@ -161,13 +161,13 @@ def main() -> None:
     args, data = parse(parser)
     if not args.model or not data.data:
         raise CommandError("give --model, a CrossViT, and --data, a folder of images or a data set of the Hub")
-    # Each process reads its own part of a stream: tensors alone come through from one that reads for all
     if args.batch_size < 1 or args.num_workers < 0:
         raise CommandError(f"--batch_size {args.batch_size} --num_workers {args.num_workers}: of each, not so few")
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         if Path(args.output).is_dir():
             raise CommandError(f"--output {args.output}: a folder, not a file")
+    # Each process reads its own part of a stream: tensors alone come through from one that reads for all
     accelerator = Accelerator(cpu=args.cpu, dataloader_config=DataLoaderConfiguration(dispatch_batches=False))
     model, processor = load_checkpoint(args.model, dtype=getattr(torch, args.dtype))
     model.to(accelerator.device).eval()
@@ -188,6 +188,7 @@ def main() -> None:
         rows, args.batch_size, num_workers=args.num_workers, collate_fn=Collator(processor, classes)
     )
 
+    published = published_figures(args.model)
     start = time.perf_counter()
     metrics, unreadable, total = evaluate(model, accelerator.prepare(loader), accelerator)
     seconds = time.perf_counter() - start
@@ -195,7 +196,6 @@ def main() -> None:
         return
     for message in unreadable:
         print(f"left out: {message}")
-    published = published_figures(args.model)
     results = {
         "model": args.model,
         "data": data.data,

@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, get_peft_model
 from transformers import TrainingArguments
 
@@ -41,7 +42,7 @@ from crossvit.command_line import load_checkpoint, load_config, make_parser, par
 from crossvit.errors import CommandError
 from crossvit.image_datasets import DataArguments, LabelledImages
 from crossvit.image_sizes import set_image_size
-from crossvit.training import TRAINING_DEFAULTS, finish, make_trainer, training_run
+from crossvit.training_run import TRAINING_DEFAULTS, finish, make_trainer, training_run
 
 
 DEFAULTS = {
@@ -148,7 +149,8 @@ def main() -> None:
     options = {} if model_args.drop_path_rate is None else {"drop_path_rate": model_args.drop_path_rate}
     pretrained = None
     if model_args.model:
-        pretrained, processor = load_checkpoint(model_args.model, **options)
+        # In single precision, whatever it was saved in: --bf16 computes in half precision and learns in single
+        pretrained, processor = load_checkpoint(model_args.model, dtype=torch.float32, **options)
         config = pretrained.config
     else:
         config, processor = load_config(model_args.config, **options)
@@ -156,6 +158,8 @@ def main() -> None:
     with training_run(data, args, model_args, augmentation) as (images, checkpoint):
         model = make_model(model_args, images, pretrained, config, processor)
         trainer = make_trainer(model, processor, images, data, augmentation, args, model_args.average_decay)
+        if model_args.lora_rank and trainer.is_fsdp_enabled:
+            raise CommandError("--lora_rank: adapters are too small for FSDP; use one of them")
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         if model_args.lora_rank:
             if args.should_save:

@@ -27,6 +27,7 @@ if __name__ == "__main__":  # This folder comes first, and its evaluate.py would
     del sys.path[0]
 
 import json
+import math
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ from crossvit.augmentation import AugmentationArguments
 from crossvit.command_line import load_config, make_parser, parse, run
 from crossvit.errors import CommandError
 from crossvit.image_datasets import DataArguments
-from crossvit.training import TRAINING_DEFAULTS, finish, make_trainer, training_run
+from crossvit.training_run import TRAINING_DEFAULTS, finish, make_trainer, training_run
 
 
 VARIANTS = Path(__file__).parents[1] / "conversion" / "variants.json"
@@ -158,7 +159,7 @@ def print_plan(config: CrossViTConfig, recipe: PretrainArguments, args: Training
         accumulated = max(recipe.total_batch_size // (batch * devices), 1)
         total = batch * devices * accumulated
         learning_rate = args.learning_rate * total / recipe.learning_rate_batch_size
-        steps = args.num_train_epochs * IMAGENET_IMAGES / total
+        steps = args.num_train_epochs * math.ceil(IMAGENET_IMAGES / total)
         days = args.num_train_epochs * IMAGENET_IMAGES / (rate * devices) / 86_400
         print(f"{devices:8} {batch:11} {accumulated:12} {learning_rate:14.2g} {steps:8,.0f} {days:8,.1f}")
     print("Days if the devices do not wait for each other or for images.")

@@ -42,7 +42,15 @@ FSDP = {
 
 
 def torchrun(*command: object, **environment: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *map(str, command)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        *map(str, command),
+    ]
     process = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     # gloo's threads now and then abort a process that has done everything and is about to end
     output = process.stdout + process.stderr

@@ -8,7 +8,9 @@ import os
 import re
 import shutil
 import struct
+import tempfile
 from collections import Counter
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -56,8 +58,10 @@ def load(source, **options) -> LabelledImages:
 
 
 def prepare(source, fraction=0.25, seed=0, images=True, **options) -> LabelledImages:
-    loaded = load(source, **options).on_disk()
-    loaded.check(images)
+    loaded = load(source, **options).on_disk(Path(tempfile.mkdtemp(dir=source.parent)))
+    loaded.check_labels()
+    if images:
+        loaded.check_images()
     return loaded.for_training(fraction, seed)
 
 

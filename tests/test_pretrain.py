@@ -9,6 +9,7 @@ import pytest
 from examples_in_process import EXAMPLES, history
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from transformers import TrainingArguments
 
 from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
 from crossvit.trainer import CrossViTTrainer
@@ -58,9 +59,9 @@ def test_steps_and_learning_rates(pretrain, tmp_path):
     np.testing.assert_allclose(rates[2:], expected, rtol=1e-6)
 
 
-def test_tokens_positions_biases_and_norms_are_not_decayed(small_config):
+def test_tokens_positions_biases_and_norms_are_not_decayed(small_config, tmp_path):
     model = CrossViTForImageClassification(small_config)
-    trainer = CrossViTTrainer(model)
+    trainer = CrossViTTrainer(model, TrainingArguments(tmp_path, weight_decay=0.05, use_cpu=True, report_to="none"))
     trainer.create_optimizer()
     decayed = {id(parameter) for parameter in trainer.optimizer.param_groups[0]["params"]}
     assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [trainer.args.weight_decay, 0.0]
@@ -97,14 +98,14 @@ def test_the_plan_is_worked_out_from_what_was_measured(example):
     code, output, errors = example("pretrain", "--variant", "crossvit_tiny", "--plan", "--use_cpu",
                                    "--per_device_train_batch_size", "2")  # fmt: skip
     assert code == 0, errors
-    rate = float(output.split(" images per second")[0].split()[-1])
+    rate = float(output.split(" images per second")[0].split()[-1].replace(",", ""))
     rows = [line.split() for line in output.splitlines()[3:6]]
     assert [row[0] for row in rows] == ["1", "8", "32"]
     for devices, batch, accumulated, learning_rate, steps, days in rows:
         assert int(devices) * int(batch) * int(accumulated) == 4096 and float(learning_rate) == 0.004
-        assert int(steps.replace(",", "")) == round(300 * 1_281_167 / 4096)
+        assert int(steps.replace(",", "")) == 300 * 313
         expected = 300 * 1_281_167 / (rate * int(devices)) / 86_400
-        assert float(days.replace(",", "")) == pytest.approx(expected, rel=0.05)
+        assert float(days.replace(",", "")) == pytest.approx(expected, rel=0.02, abs=0.06)
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, HfArgumentParser
@@ -46,9 +47,9 @@ def make_parser(groups: Any, description: str, defaults: dict[str, Any]) -> HfAr
 
 def parse(parser: HfArgumentParser) -> tuple[Any, ...]:
     """The options of this command, as dataclasses. Values that do not fit each other end it as wrong options do."""
-    parser.parse_args()  # says which option is unknown
+    parser.parse_args()  # The next line would report an unknown option by a trace
     try:
-        return parser.parse_args_into_dataclasses()
+        return parser.parse_args_into_dataclasses(look_for_args_file=False)
     except (TypeError, ValueError) as error:
         parser.error(reason(error))
 
@@ -111,13 +112,17 @@ def run(main: Callable[[], None]) -> None:
         main()
     except (CommandError, HfHubHTTPError, OSError, SafetensorError) as error:
         # The error of a worker process has its trace in the message, and says what went wrong in the last line
-        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        message = lines[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+        message = reason(error)
+        if message.startswith("Caught "):  # in a process that reads images; its trace ends with the error itself
+            message = str(error).strip().splitlines()[-1].partition(": ")[2]
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         sys.exit(130)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 __all__ = ["load_checkpoint", "load_config", "make_parser", "parse", "run"]

@@ -18,10 +18,11 @@ Images stay encoded until an [`~crossvit.augmentation.ImageCollator`] needs them
 stream hold the same rows, and a process decodes its own part of a batch alone.
 """
 
+import contextlib
 import itertools
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ import numpy as np
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from .errors import ImageDatasetError
-from .image_files import check_labels, labels_fit, name_of, read_image
+from .image_files import check_labels, labels_fit, name_of, read_bytes, read_image
 
 
 ARCHIVES = (".gz", ".tar", ".tgz", ".zip")
@@ -222,15 +223,18 @@ class LabelledImages:
             splits[name] = split.remove_columns("labels").add_column("labels", column)
         return cls(splits, [str(value) for value in known], multi_label)
 
-    def on_disk(self) -> "LabelledImages":
-        """All but "train" read to the disk, if they are streams: they are looked at again and again."""
-        splits = {
-            name: split
-            if name == "train" or isinstance(split, datasets.Dataset)
-            else datasets.Dataset.from_generator(split.__iter__, features=split.features)
-            for name, split in self.splits.items()
-            if name in ("train", "validation", "test")
-        }
+    def on_disk(self, folder: Path) -> "LabelledImages":
+        """Streams but "train" as copies in a folder, images included: they are looked at again and again."""
+        splits: dict[str, Any] = {n: self.splits[n] for n in ("train", "validation", "test") if n in self.splits}
+        for name, split in splits.items():
+            if name != "train" and isinstance(split, datasets.IterableDataset):
+                splits[name] = datasets.Dataset.from_generator(
+                    whole_rows,
+                    features=split.features,
+                    gen_kwargs={"split": split},
+                    cache_dir=str(folder),
+                    fingerprint=name,  # so that the next start finds it
+                )
         return replace(self, splits=splits)
 
     def for_training(self, validation_fraction: float, seed: int) -> "LabelledImages":
@@ -277,17 +281,12 @@ class LabelledImages:
         rows = [row for _, row in sorted(places, reverse=True)]
         return {"train": train.select(sorted(rows[number:])), "validation": train.select(sorted(rows[:number]))}
 
-    def check(self, images: bool = True) -> None:
+    def check_labels(self) -> None:
         """
-        Looks at every row, so that what is wrong shows before hours are spent: labels outside the range, and images
-        that cannot be read. Of a stream, only the first row of each split.
-
-        Args:
-            images (`bool`):
-                Whether to decode the images too, on all cores: some milliseconds each.
+        Looks at every label, and at the first image of a stream.
 
         Raises:
-            `ImageDatasetError`: that names the first rows that are wrong.
+            `ImageDatasetError`: that names the first rows whose labels are outside the range.
         """
         for name, split in self.splits.items():
             if isinstance(split, datasets.IterableDataset):
@@ -305,8 +304,6 @@ class LabelledImages:
                 raise ImageDatasetError(
                     f"labels of {name!r} that are not in the range from 0 to {last}: {some(wrong)}"
                 )
-        if images:
-            self.check_images()
 
     def check_classes(self) -> None:
         def rows_of_classes(split: datasets.Dataset) -> dict[int, int]:
@@ -322,24 +319,43 @@ class LabelledImages:
                 names = (f"{self.class_names[n]} ({name_of(split[rows[n]], f'row {rows[n]}')})" for n in rest)
                 raise ImageDatasetError(f"classes with images in {name!r} but none in 'train': {some(names)}")
 
-    def check_images(self) -> None:
+    def check_images(self, process: int = 0, processes: int = 1) -> None:
+        """
+        Decodes the images on disk, on all cores, some milliseconds each.
+
+        Args:
+            process (`int`), processes (`int`): each process looks at a part of them.
+
+        Raises:
+            `ImageDatasetError`: that names the first ones that cannot be read.
+        """
         for name, split in self.splits.items():
             if isinstance(split, datasets.IterableDataset):
                 continue
-            problems = split.map(
+            rows = range(len(split) * process // processes, len(split) * (process + 1) // processes)
+            problems = split.select(rows).map(
                 find_problem,
                 input_columns="image",
                 remove_columns=split.column_names,
-                num_proc=min(os.cpu_count() or 1, len(split) // 500) or None,
+                num_proc=min((os.cpu_count() or 1) // processes, len(rows) // 500) or None,
                 keep_in_memory=True,
                 load_from_cache_file=False,
                 desc=f"Checking the images of {name!r}",
             )["problem"]
-            unreadable = [f"{problem} (row {row})" for row, problem in enumerate(problems) if problem]
+            unreadable = [f"{problem} (row {row})" for row, problem in zip(rows, problems) if problem]
             if unreadable:
                 raise ImageDatasetError(
-                    f"{len(unreadable)} of {len(split)} images of {name!r} cannot be read: {some(unreadable)}"
+                    f"{len(unreadable)} of {len(rows)} images of {name!r} cannot be read: {some(unreadable)}"
                 )
+
+
+def whole_rows(split: datasets.IterableDataset) -> Iterator[dict[str, Any]]:
+    """Rows with the content of their images; of an image that cannot be read, with its path alone."""
+    for row in split:
+        content = None
+        with contextlib.suppress(ImageDatasetError):
+            content = read_bytes(row["image"])
+        yield {**row, "image": row["image"] and {"bytes": content, "path": row["image"]["path"]}}
 
 
 def values_of(label: Any, multi_label: bool) -> list[Any]:

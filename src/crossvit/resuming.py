@@ -36,11 +36,11 @@ FILES_NAME = "files.json"  # of a checkpoint, with their sizes
 LOCK_NAME = "_lock"
 
 
-# Beginnings of the names of those TrainingArguments that may change when a run goes on
+# Beginnings of the names of those arguments that may change when a run goes on
 WITHOUT_EFFECT = (
     "dataloader_persistent", "dataloader_pin", "dataloader_prefetch", "ddp_timeout", "debug", "disable_tqdm", "do_",
     "hub_", "local_rank", "log", "output_dir", "project", "push_to_hub", "report_to", "resume_from", "run_name",
-    "save_total_limit", "trackio",
+    "per_device_eval", "recipe", "save_total_limit", "trackio",
 )  # fmt: skip
 
 
@@ -75,15 +75,22 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
     return None
 
 
-def what_results_depend_on(arguments: Sequence[Any]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
+def what_results_depend_on(arguments: Sequence[Any]) -> dict[str, dict[str, Any]]:
+    """Options of the command and TrainingArguments, without those that may change."""
+    options: dict[str, Any] = {}
+    training: dict[str, Any] = {}
     for group in arguments:
         if isinstance(group, TrainingArguments):
-            values["num_processes"] = group.world_size
-            values |= {n: v for n, v in group.to_dict().items() if not n.startswith(WITHOUT_EFFECT)}
+            training |= group.to_dict() | {"num_processes": group.world_size * max(group.n_gpu, 1)}
         else:
-            values |= dataclasses.asdict(group)
-    return values
+            options |= dataclasses.asdict(group)
+    if not options.get("streaming"):  # the images of a stream come in an order that depends on its readers
+        training.pop("dataloader_num_workers", None)
+    kept = {
+        kind: {name: value for name, value in values.items() if not name.startswith(WITHOUT_EFFECT)}
+        for kind, values in (("options", options), ("training_arguments", training))
+    }
+    return json.loads(json.dumps(kept, default=str))
 
 
 def resume_point(output_dir: str | Path, arguments: Sequence[Any], main_process: bool = True) -> Path | None:
@@ -104,7 +111,7 @@ def resume_point(output_dir: str | Path, arguments: Sequence[Any], main_process:
     """
     folder = Path(output_dir)
     record = folder / ARGUMENTS_NAME
-    present = json.loads(json.dumps(what_results_depend_on(arguments), default=str))
+    present = what_results_depend_on(arguments)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")) or (folder / SAFE_WEIGHTS_NAME).exists():
@@ -118,17 +125,21 @@ def resume_point(output_dir: str | Path, arguments: Sequence[Any], main_process:
     return last_complete_checkpoint(folder)
 
 
-def compare(record: Path, present: dict[str, Any]) -> None:
+def compare(record: Path, present: dict[str, dict[str, Any]]) -> None:
     """Raises a `ResumeError` if the run in the folder of the record has other arguments than the present ones."""
     try:
-        before = dict(json.loads(record.read_text()))
-    except (FileNotFoundError, TypeError, ValueError) as error:
+        before = json.loads(record.read_text())
+        options, training = dict(before["options"]), dict(before["training_arguments"])
+    except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
         raise ResumeError(
             f"{record.parent} holds a model, but no record of how it was trained: use another --output_dir"
         ) from error
-    changed = sorted(name for name in {*before, *present} if before.get(name) != present.get(name))
+    # Other releases of transformers have other TrainingArguments
+    training = {name: value for name, value in training.items() if name in present["training_arguments"]}
+    before, now = training | options, {n: present["training_arguments"][n] for n in training} | present["options"]
+    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if changed:
-        changes = ", ".join(f"{name} was {before.get(name)!r} and is {present.get(name)!r}" for name in changed)
+        changes = ", ".join(f"{name} was {before.get(name)!r} and is {now.get(name)!r}" for name in changed)
         raise ResumeError(
             f"{record.parent} holds a run with other arguments ({changes}): use the same ones to go on, or another"
             " --output_dir to begin anew"

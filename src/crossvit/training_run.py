@@ -13,6 +13,7 @@
 # limitations under the License.
 """A training from images to a saved model, as commands do it, which differ in the model and the recipe."""
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -29,7 +30,7 @@ from .metrics import MultiLabelMetric, SingleLabelMetric, confusion_matrix
 from .plotting import draw_confusion_matrix
 from .resuming import LOCK_NAME, resume_point
 from .sampling import ImageDataset, ImageStream
-from .trainer import CrossViTTrainer
+from .trainer import CrossViTTrainer, order_seed
 
 
 # Of TrainingArguments, where images are concerned or a user of a command expects it
@@ -43,7 +44,6 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "report_to": ["tensorboard"],
     "remove_unused_columns": False,  # the collator needs the images
     "label_names": ["labels"],
-    "accelerator_config": {"dispatch_batches": False},  # each process reads its own part of a stream
 }
 
 
@@ -63,16 +63,20 @@ def training_run(
         `tuple[LabelledImages, Path | None]`: images to train with and to validate, and the checkpoint to go on from.
     """
     check_arguments(data, args)
-    checkpoint = resume_point(args.output_dir, [data, args, *others], main_process=args.should_save)
     with exclusive(Path(args.output_dir)) if args.should_save else nullcontext():
-        if checkpoint:
+        checkpoint = resume_point(args.output_dir, [data, args, *others], main_process=args.should_save)
+        if checkpoint and args.should_log:
             print(f"Going on from {checkpoint}", flush=True)
-        set_seed(args.seed)
+        copies = Path(args.output_dir) / "_images"
+        if checkpoint is None and args.should_save:
+            shutil.rmtree(copies, ignore_errors=True)  # the images may have changed since an earlier attempt
         with args.main_process_first():
-            images = LabelledImages.load(data).on_disk()
-            if args.process_index == 0:
-                images.check(images=data.check_images and checkpoint is None)  # checked when the run began
-            images = images.for_training(data.validation_fraction, args.seed)
+            images = LabelledImages.load(data).on_disk(copies)
+        images.check_labels()
+        if data.check_images and checkpoint is None:  # they were checked when the run began
+            images.check_images(args.process_index, args.world_size)
+        images = images.for_training(data.validation_fraction, args.seed)
+        set_seed(args.seed)  # for the weights of new heads
         yield images, checkpoint
 
 
@@ -86,25 +90,40 @@ def check_arguments(data: DataArguments, args: TrainingArguments) -> None:
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "num_train_epochs", "logging_steps"):
         if getattr(args, name) <= 0:
             raise CommandError(f"--{name} {getattr(args, name)}: must be above 0")
+    if args.save_only_model or args.batch_eval_metrics or not args.eval_do_concat_batches:
+        raise CommandError(
+            "--save_only_model, --batch_eval_metrics, --eval_do_concat_batches: not with this command, which goes on"
+            " from whole checkpoints and evaluates all images at once"
+        )
     if not 0 <= args.label_smoothing_factor < 1:
         raise CommandError(f"--label_smoothing_factor {args.label_smoothing_factor}: must be at least 0 and below 1")
     if data.streaming:
         if args.max_steps <= 0:
             raise CommandError("--streaming: a stream has no known end, so say with --max_steps how long to train")
         if args.eval_strategy == IntervalStrategy.EPOCH:
-            args.eval_strategy, args.eval_steps = IntervalStrategy.STEPS, args.save_steps
+            args.eval_strategy = IntervalStrategy.STEPS
+            args.eval_steps = args.eval_steps or args.save_steps
         if args.save_strategy == SaveStrategy.EPOCH:
             args.save_strategy = SaveStrategy.STEPS
+        accelerator: Any = args.accelerator_config
+        accelerator.dispatch_batches = False  # each process reads its own part of a stream
 
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Keeps other commands from writing into the same folder meanwhile, also from one that is killed no longer."""
+    """Keeps other commands from writing into the same folder. The lock ends with the process, however that ends."""
+    lock = FileLock(folder / LOCK_NAME, timeout=0)
     try:
-        with FileLock(folder / LOCK_NAME, timeout=0):
-            yield
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
     except Timeout as error:
         raise CommandError(f"--output_dir {folder}: another command is writing there") from error
+    except OSError as error:
+        raise CommandError(f"--output_dir {folder}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def make_trainer(
@@ -131,7 +150,7 @@ def make_trainer(
                 f"--dataloader_num_workers {args.dataloader_num_workers}: a stream of {train.num_shards} shards takes"
                 " at most as many"
             )
-        shuffled = train.shuffle(args.seed, buffer_size=data.shuffle_buffer_size)
+        shuffled = train.shuffle(order_seed(args), buffer_size=data.shuffle_buffer_size)
         train = ImageStream(shuffled, True, augmentation.augmentation_repeats, args.train_batch_size)
     else:
         train = ImageDataset(train, augmentation.augmentation_repeats)
@@ -168,7 +187,7 @@ def finish(trainer: CrossViTTrainer, images: LabelledImages, data: DataArguments
         if trainer.args.should_save and not images.multi_label:
             matrix = confusion_matrix(prediction.predictions[0], prediction.label_ids, len(images.class_names))
             draw_confusion_matrix(matrix, images.class_names).savefig(output / f"{name}_confusion.png")
-    card: dict[str, Any] = {"dataset": Path(data.data).name}
+    card: dict[str, Any] = {"dataset": Path(data.data).resolve().name}
     if not Path(data.data).expanduser().exists():
         card = {"dataset": data.data, "dataset_tags": data.data}
     if trainer.args.push_to_hub:
