@@ -15,7 +15,7 @@
 
     python examples/finetune.py --model my-crossvit --data photos --output_dir outputs/photos
 
-The same command goes on where it stopped. Every option of Transformers' TrainingArguments works too:
+The same command goes on where it stopped. Options of Transformers' TrainingArguments work too:
 
     --bf16 --gradient_checkpointing --gradient_accumulation_steps 4 --torch_compile --push_to_hub
     torchrun --nproc_per_node 8 examples/finetune.py ...      # on several devices
@@ -55,8 +55,6 @@ DEFAULTS = {
     "warmup_steps": 0.05,  # below 1: a part of all steps
     "lr_scheduler_type": "cosine",
 }
-
-
 ADAPTER_CARD = """\
 # LoRA adapter of a CrossViT
 
