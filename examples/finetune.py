@@ -21,11 +21,13 @@ The same command goes on where it stopped. Options of Transformers' TrainingArgu
     torchrun --nproc_per_node 8 examples/finetune.py ...      # on several devices
 """
 
+import signal
 import sys
 
 
-if __name__ == "__main__":  # This folder comes first, and its evaluate.py would hide the library of that name
-    del sys.path[0]
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of imports without a trace
+    del sys.path[0]  # This folder, whose evaluate.py would hide the library of that name
 
 import copy
 from dataclasses import dataclass, field

@@ -20,11 +20,13 @@ The recipe is a file, paper_recipe.json beside this one; --recipe names another,
 the command, as are those of Transformers' TrainingArguments. The same command goes on where it stopped.
 """
 
+import signal
 import sys
 
 
-if __name__ == "__main__":  # This folder comes first, and its evaluate.py would hide the library of that name
-    del sys.path[0]
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of imports without a trace
+    del sys.path[0]  # This folder, whose evaluate.py would hide the library of that name
 
 import json
 import math

@@ -14,6 +14,7 @@
 """What commands share: errors of one line, and an end without a trace for Ctrl-C."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -108,6 +109,7 @@ def reason(error: Exception) -> str:
 
 def run(main: Callable[[], None]) -> None:
     """Runs a command; ends the process with status 1 and one line for what went wrong outside it, 130 for Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except (CommandError, HfHubHTTPError, OSError, SafetensorError) as error:
