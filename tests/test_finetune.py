@@ -280,6 +280,18 @@ def test_a_finished_run_that_was_moved_keeps_its_best_model(finetune, tmp_path):
     assert all(torch.equal(moved[name], weight) for name, weight in weights.items())
 
 
+def test_a_run_that_begins_anew_reads_validation_images_of_a_stream_again(example, small_config, zoo, tmp_path):
+    small_config.save_pretrained(tmp_path / "config")
+    arguments = ["--config", tmp_path / "config", "--data", zoo, "--output_dir", tmp_path / "out", *TINY_TRAINING]
+    arguments += ["--streaming", "--max_steps", "2"]
+    assert example("finetune", *arguments, "--metric_for_best_model", "typo")[0] == 1
+    (zoo / "validation" / "ant" / "2.png").unlink()
+    status, _, errors = example("finetune", *arguments)
+    assert status == 0, errors
+    (copy,) = (tmp_path / "out" / "_images").rglob("*.arrow")
+    assert len(datasets.Dataset.from_file(str(copy))) == 8
+
+
 def test_a_damaged_image_that_was_not_checked_is_named_when_it_comes(example, small_config, zoo, tmp_path):
     small_config.save_pretrained(tmp_path / "config")
     (zoo / "train" / "bee" / "3.png").write_text("no image")
