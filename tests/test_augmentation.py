@@ -88,6 +88,12 @@ def test_images_keep_their_sides_without_augmentation():
     assert image[0, 8, -1] > 2
 
 
+def test_a_processor_of_no_fixed_size_is_refused():
+    processor = CrossViTImageProcessor(size={"shortest_edge": 20}, do_center_crop=False)
+    with pytest.raises(ValueError, match="must make images of one size"):
+        ImageCollator(processor, 3)
+
+
 @pytest.mark.parametrize("size", [(20, 20), (1, 1), (3, 200), (200, 3), (61, 47)])
 def test_all_images_get_the_size_of_the_model(size):
     batch = collator(12, 24, **EVERYTHING)([row(number, size=size) for number in range(3)])

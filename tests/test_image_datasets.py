@@ -336,6 +336,22 @@ def test_rows_are_those_of_the_user(source):
     assert "row 7)" in refused(source)
 
 
+def test_processes_share_the_check(source):
+    save_splits(source, train=image_rows(LABELS), validation=image_rows([0]))
+    images = load(source)
+    for process in range(5):  # most have no image of the validation to look at
+        images.check_images(process, 5)
+    broken = [{"bytes": b"x", "path": f"{number}.png"} for number in range(12)]
+    shutil.rmtree(source)
+    save_splits(source, train=image_rows(LABELS, images=broken), validation=image_rows([0]))
+    images, named = load(source), []
+    for process in range(5):
+        with pytest.raises(ImageDatasetError) as caught:
+            images.check_images(process, 5)
+        named += re.findall(r"\(row (\d+)\)", str(caught.value))
+    assert named == list(map(str, range(12)))
+
+
 def test_images_that_are_not_there(source, tmp_path):
     rows = [{"file_name": f"{number}.png", "label": CLASSES[number % 3]} for number in range(12)]
     files = {row["file_name"]: image_bytes() for row in rows[:-1]}

@@ -172,6 +172,8 @@ class ImageCollator:
 def output_size(processor: Any) -> tuple[int, int]:
     """The height and width in pixels of what an image processor makes."""
     size = processor.crop_size if processor.do_center_crop else processor.size
+    if not size.get("height") or not size.get("width"):
+        raise ValueError(f"The image processor must make images of one size, got {size}: set `do_center_crop`.")
     return size["height"], size["width"]
 
 

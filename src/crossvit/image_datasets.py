@@ -333,6 +333,8 @@ class LabelledImages:
             if isinstance(split, datasets.IterableDataset):
                 continue
             rows = range(len(split) * process // processes, len(split) * (process + 1) // processes)
+            if not rows:  # fewer images than processes
+                continue
             problems = split.select(rows).map(
                 find_problem,
                 input_columns="image",
