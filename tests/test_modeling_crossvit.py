@@ -8,7 +8,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.output_capturing import OutputRecorder
 
-from crossvit import CrossViTBackbone, CrossViTConfig, CrossViTForImageClassification, CrossViTModel
+from crossvit import (
+    CrossViTBackbone,
+    CrossViTConfig,
+    CrossViTForImageClassification,
+    CrossViTModel,
+    modeling_crossvit,
+)
+from crossvit.modeling_crossvit import CrossViTCrossAttention, CrossViTSelfAttention
 
 
 @pytest.fixture
@@ -239,6 +246,159 @@ def test_attention_implementations_agree(small_config, pixel_values, implementat
     torch.testing.assert_close(model(pixel_values).logits, expected, atol=1e-5, rtol=0)
 
 
+def call_projections(model: torch.nn.Module):
+    """Makes the fusions call their projections of keys and values, for all tokens, as a hook wants to see them."""
+    for module in model.modules():
+        if isinstance(module, CrossViTCrossAttention):
+            module.k_proj.register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize("qkv_bias", [True, False])
+def test_absorbed_projections_change_neither_logits_nor_gradients(small_config, pixel_values, qkv_bias):
+    small_config.depth, small_config.qkv_bias = ((1, 2, 0), (1, 1, 2)), qkv_bias
+    model = perturb(CrossViTForImageClassification(small_config)).double()
+    called = copy.deepcopy(model)
+    call_projections(called)
+
+    labels = torch.tensor([0, 1, 2])
+    pixel_values = pixel_values.double().requires_grad_()
+    outputs, expected = (each(pixel_values, labels=labels) for each in (model, called))
+    # In float64 rounding is 2e-15: these are the same function
+    torch.testing.assert_close(outputs.logits, expected.logits, atol=1e-13, rtol=0)
+    gradients = torch.autograd.grad(outputs.loss, [pixel_values, *model.parameters()])
+    expected_gradients = torch.autograd.grad(expected.loss, [pixel_values, *called.parameters()])
+    for gradient, expected_gradient in zip(gradients, expected_gradients):  # Every parameter has one: DDP needs that
+        torch.testing.assert_close(gradient, expected_gradient, atol=1e-13, rtol=1e-10)
+
+
+class DoubledLinear(torch.nn.Linear):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(hidden_states)
+
+
+class SubclassedTensor(torch.Tensor):
+    """As quantized and sharded weights are; it counts the linear layers it is used by."""
+
+    calls = 0
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.calls += function is torch.nn.functional.linear
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["k_proj", "v_proj"])
+def test_projections_that_are_more_than_a_weight_are_called(model, pixel_values, name):
+    attention = model.crossvit.stages[0].fusions[1].layers[0].attention
+    projection = getattr(attention, name)
+    expected = model(pixel_values).logits
+
+    seen = []
+    hooks = [
+        projection.register_forward_hook(lambda module, args, output: seen.append(output.shape)),
+        projection.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape)),
+    ]
+    torch.testing.assert_close(model(pixel_values).logits, expected)
+    assert seen == [(3, 37, 24)] * 2  # all tokens of the other branch, before and after
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(model(pixel_values).logits, expected)
+    assert len(seen) == 2
+
+    projection.forward = lambda hidden_states: 2 * torch.nn.Linear.forward(projection, hidden_states)
+    by_forward = model(pixel_values).logits
+    del projection.forward
+    doubled = DoubledLinear(24, 24)
+    doubled.load_state_dict(projection.state_dict())
+    setattr(attention, name, doubled)
+    by_class = model(pixel_values).logits
+    assert (by_class - expected).abs().max() > 1e-4
+    torch.testing.assert_close(by_forward, by_class)
+
+    setattr(attention, name, projection)
+    projection.weight = torch.nn.Parameter(projection.weight.as_subclass(SubclassedTensor), requires_grad=False)
+    calls = SubclassedTensor.calls
+    torch.testing.assert_close(model(pixel_values).logits.as_subclass(torch.Tensor), expected)
+    assert SubclassedTensor.calls > calls
+
+
+def test_projections_call_backward_hooks(model, pixel_values):
+    seen = []
+    attention = model.crossvit.stages[0].fusions[0].layers[0].attention
+    attention.k_proj.register_full_backward_hook(lambda module, grad_input, grad_output: seen.append("k_proj"))
+    attention.v_proj.register_full_backward_pre_hook(lambda module, grad_output: seen.append("v_proj"))
+    model(pixel_values).logits.sum().backward()
+    assert sorted(seen) == ["k_proj", "v_proj"]
+
+
+def test_fusions_drop_attention_in_training_alone(small_config, pixel_values):
+    small_config.attention_probs_dropout_prob = 0.5
+    model = perturb(CrossViTForImageClassification(small_config))
+    for module in model.modules():
+        if isinstance(module, CrossViTSelfAttention):
+            module.attention_dropout = 0.0  # So that all that is dropped is in the fusions
+    expected = model.eval()(pixel_values).logits
+    torch.testing.assert_close(model(pixel_values).logits, expected)
+    assert (model.train()(pixel_values).logits - expected).abs().max() > 1e-3
+
+
+def test_blockwise_attention_is_attention(monkeypatch):
+    query, key, value = torch.randn(3, 5, 2, 7, 4, requires_grad=True).unbind(0)
+    module = torch.nn.Module()
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=0.3).transpose(1, 2)
+    expected_gradients = torch.autograd.grad(expected.square().sum(), (query, key, value))
+    for images in (1, 2, 5, 100):
+        monkeypatch.setattr(modeling_crossvit, "BLOCK_BYTES", images * 2 * 7 * 7 * 4)
+        output, _ = modeling_crossvit.blockwise_attention_forward(module, query, key, value, None, scaling=0.3)
+        torch.testing.assert_close(output, expected)
+        gradients = torch.autograd.grad(output.square().sum(), (query, key, value))
+        torch.testing.assert_close(gradients, expected_gradients)
+
+    ones = torch.ones(1, 1, 8, 256)
+    output, _ = modeling_crossvit.blockwise_attention_forward(
+        module.train(), ones, torch.ones(1, 1, 256, 256), torch.ones(1, 1, 256, 256), None, scaling=1.0, dropout=0.5
+    )
+    assert 0.7 < output.mean() < 1.3 and (output - 1).abs().max() > 1e-2  # weights were dropped, the others doubled
+
+
+@torch.no_grad()
+def test_bfloat16_on_a_cpu_is_attended_blockwise(model, pixel_values, monkeypatch):
+    used = []
+    blockwise = modeling_crossvit.blockwise_attention_forward
+
+    def count(module, query, *args, **kwargs):
+        used.append(query.dtype)
+        return blockwise(module, query, *args, **kwargs)
+
+    monkeypatch.setattr(modeling_crossvit, "blockwise_attention_forward", count)
+    expected = model(pixel_values).logits
+    assert not used  # in float32
+    with torch.autocast("cpu", torch.bfloat16):
+        model(pixel_values)
+    assert used == [torch.bfloat16] * 6  # layers
+    half = copy.deepcopy(model).bfloat16()
+    logits = half(pixel_values).logits
+    assert len(used) == 12
+    torch.testing.assert_close(logits.float(), expected, atol=5e-2, rtol=0)
+
+    # A program holds no number of blocks: it takes any batch
+    exported = torch.export.export(
+        half, (pixel_values.bfloat16(),), dynamic_shapes=({0: torch.export.Dim("batch", max=64)},)
+    )
+    for batch_size in (1, 5):
+        batch = torch.randn(batch_size, 3, 36, 36).bfloat16()
+        torch.testing.assert_close(exported.module()(batch).logits, half(batch).logits, atol=5e-2, rtol=0)
+    assert len(used) == 12 + 2 * 6
+
+    monkeypatch.setattr(modeling_crossvit, "BLOCK_BYTES", 2 * 4 * 17 * 17 // 8)  # Images of more than 8 blocks
+    half(pixel_values)
+    assert len(used) == 12 + 2 * 6 + 3  # those of the smaller weights
+    half.set_attn_implementation("eager")
+    half(pixel_values)
+    assert len(used) == 12 + 2 * 6 + 3
+
+
 @torch.no_grad()
 def test_sdpa_can_use_fused_kernels(model, pixel_values):
     expected = model(pixel_values).logits
@@ -455,7 +615,8 @@ def test_offloaded_model_gives_the_same_logits(model, pixel_values, tmp_path):
     offloaded = CrossViTForImageClassification.from_pretrained(
         tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
     )
-    assert torch.equal(offloaded(pixel_values).logits, expected)
+    # 4e-7 was measured: projections whose weights come from elsewhere are called, plain ones absorbed
+    torch.testing.assert_close(offloaded(pixel_values).logits, expected, atol=5e-6, rtol=0)
 
 
 # Backbone
