@@ -29,7 +29,6 @@ if __name__ == "__main__":
 
 import json
 import os
-import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +45,7 @@ from tqdm import tqdm
 
 from crossvit.command_line import load_checkpoint, make_parser, parse, run
 from crossvit.errors import CommandError, ImageDatasetError
-from crossvit.image_datasets import ImageSource, LabelledImages
+from crossvit.image_datasets import ImageSource, LabelledImages, match_classes
 from crossvit.image_files import check_labels, name_of, read_image
 from crossvit.metrics import SingleLabelMetric
 from crossvit.sampling import ImageDataset, ImageStream
@@ -71,27 +70,6 @@ class EvaluationArguments:
     )
     output: str | None = field(default=None, metadata={"help": "JSON file for the results."})
     cpu: bool = field(default=False, metadata={"help": "Leave a GPU unused."})
-
-
-def match_classes(model: Any, class_names: list[str], by_order: bool) -> list[int]:
-    """For each class of the data, its index in the model."""
-    of_model = [str(model.config.id2label[index]) for index in range(model.config.num_labels)]
-    if set(class_names) <= set(of_model) and len(set(of_model)) == len(of_model):
-        return [of_model.index(name) for name in class_names]
-    if len(class_names) != len(of_model):
-        raise CommandError(
-            f"the model tells {len(of_model)} classes apart ({of_model[0]!r}, ...), the data has {len(class_names)}"
-            f" others ({class_names[0]!r}, ...)"
-        )
-    # ImageNet's indices are the order of its WordNet ids
-    if by_order or (len(class_names) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in class_names)):
-        print(f"Classes are taken in their order: {class_names[0]!r} is {of_model[0]!r}, and so on")
-        return list(range(len(of_model)))
-    unknown = next(name for name in class_names if name not in of_model)
-    raise CommandError(
-        f"the model knows no class {unknown!r}; if the classes of the data have other names than the model's"
-        f" ({of_model[0]!r}, ...) and the same order, say --by_order"
-    )
 
 
 def published_figures(name: str) -> dict[str, Any] | None:
@@ -183,7 +161,7 @@ def main() -> None:
         split = next(iter(images.splits))
     if split not in images.splits:
         raise CommandError(f"{data.data}: which split? --split is one of {', '.join(images.splits)}")
-    classes = match_classes(model, images.class_names, args.by_order)
+    classes = match_classes(model.config, images.class_names, args.by_order)
     rows: Any = images.splits[split]
     rows = ImageStream(rows) if isinstance(rows, datasets.IterableDataset) else ImageDataset(rows)
     loader = torch.utils.data.DataLoader(

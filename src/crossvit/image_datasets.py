@@ -21,6 +21,7 @@ stream hold the same rows, and a process decodes its own part of a batch alone.
 import contextlib
 import itertools
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -349,6 +350,32 @@ class LabelledImages:
                 raise ImageDatasetError(
                     f"{len(unreadable)} of {len(rows)} images of {name!r} cannot be read: {some(unreadable)}"
                 )
+
+
+def match_classes(config: Any, class_names: list[str], by_order: bool) -> list[int]:
+    """
+    For each class of the data, its index in the model of a configuration: that of its name, or of its place.
+
+    Raises:
+        [`ImageDatasetError`]: if the model does not know a class.
+    """
+    of_model = [str(config.id2label[index]) for index in range(config.num_labels)]
+    if set(class_names) <= set(of_model) and len(set(of_model)) == len(of_model):
+        return [of_model.index(name) for name in class_names]
+    if len(class_names) != len(of_model):
+        raise ImageDatasetError(
+            f"the model tells {len(of_model)} classes apart ({of_model[0]!r}, ...), the data has {len(class_names)}"
+            f" others ({class_names[0]!r}, ...)"
+        )
+    # ImageNet's indices are the order of its WordNet ids
+    if by_order or (len(class_names) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in class_names)):
+        print(f"Classes are taken in their order: {class_names[0]!r} is {of_model[0]!r}, and so on")
+        return list(range(len(of_model)))
+    unknown = next(name for name in class_names if name not in of_model)
+    raise ImageDatasetError(
+        f"the model knows no class {unknown!r}; if the classes of the data have other names than the model's"
+        f" ({of_model[0]!r}, ...) and the same order, say --by_order"
+    )
 
 
 def whole_rows(split: datasets.IterableDataset) -> Iterator[dict[str, Any]]:

@@ -381,22 +381,24 @@ class CrossViTCrossAttention(CrossViTAttention):
             (W_k x_n + b_k) . q = x_n . (W_k^T q) + b_k . q
             sum_n p_n (W_v x_n + b_v) = W_v (sum_n p_n x_n) + b_v
         """
+        # (dim, dim) -> (heads, head_dim, dim)
         head_shape = (self.num_heads, self.head_dim)
         key_weight, value_weight = (proj.weight.unflatten(0, head_shape) for proj in (self.k_proj, self.v_proj))
 
-        # (batch, 1, dim) -> (batch, heads, head_dim) -> (batch, heads, dim) -> (batch, heads, tokens)
-        query_states = self.q_proj(hidden_states[:, :1]).unflatten(2, head_shape).squeeze(1) * self.scaling
-        attn_weights = torch.matmul(
-            torch.einsum("bhd,hdi->bhi", query_states, key_weight), hidden_states.transpose(1, 2)
-        )
+        # (batch, 1, dim) -> (heads, batch, head_dim) -> (batch, heads, dim) -> (batch, heads, tokens)
+        query_states = self.q_proj(hidden_states[:, :1]) * self.scaling
+        query_states = query_states.flatten(1).unflatten(1, head_shape).transpose(0, 1)
+        absorbed_query = torch.matmul(query_states, key_weight).transpose(0, 1)
+        attn_weights = torch.matmul(absorbed_query, hidden_states.transpose(1, 2))
         if self.k_proj.bias is not None:  # The softmax cancels it, but every parameter needs a gradient
-            key_bias = self.k_proj.bias.unflatten(0, head_shape)
-            attn_weights = attn_weights + torch.einsum("bhd,hd->bh", query_states, key_bias).unsqueeze(2)
+            key_bias = self.k_proj.bias.unflatten(0, head_shape).unsqueeze(2)
+            attn_weights = attn_weights + torch.matmul(query_states, key_bias).transpose(0, 1)
         attn_weights = attn_weights.softmax(dim=-1)
 
-        # (batch, heads, tokens) -> (batch, heads, dim) -> (batch, heads, head_dim) -> (batch, 1, dim)
-        attn_output = torch.einsum("bhi,hdi->bhd", torch.matmul(attn_weights, hidden_states), value_weight)
-        attn_output = attn_output.flatten(1).unsqueeze(1)
+        # (batch, heads, tokens) -> (heads, batch, dim) -> (heads, batch, head_dim) -> (batch, 1, dim)
+        mean_tokens = torch.matmul(attn_weights, hidden_states).transpose(0, 1)
+        attn_output = torch.matmul(mean_tokens, value_weight.transpose(1, 2))
+        attn_output = attn_output.transpose(0, 1).flatten(1).unsqueeze(1)
         if self.v_proj.bias is not None:
             attn_output = attn_output + self.v_proj.bias
         return self.o_proj(attn_output)
