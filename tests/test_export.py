@@ -4,7 +4,6 @@ import importlib
 import importlib.util
 import itertools
 import json
-import multiprocessing
 import re
 import runpy
 import shutil
@@ -12,12 +11,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from examples_in_process import EXAMPLES, run_killed, write_zoo
+from examples_in_process import EXAMPLES, write_zoo
 from timm_reference import perturb
 
 from crossvit import CrossViTForImageClassification, CrossViTImageProcessor
@@ -324,17 +324,14 @@ def test_folder_with_other_things_is_left_alone(export, tmp_path):
     assert {path.name for path in (tmp_path / "export").iterdir()} == {"torch", "thesis.tex"}
 
 
-@pytest.mark.parametrize(
-    "event", [pytest.param(2, marks=pytest.mark.slow), pytest.param(6, marks=pytest.mark.slow), 9]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("event", [2, 6, 9])
 def test_killed_export_leaves_nothing_half_written(export, checkpoint, zoo, tmp_path, event):
     arguments = ["export", "--model", checkpoint, "--data", zoo, "--output_dir", tmp_path / "export", *QUICK]
-    process = multiprocessing.get_context("fork").Process(
-        target=run_killed, args=(event, *arguments, "--formats", "torch")
-    )
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    arguments = [*map(str, arguments), "--formats", "torch"]
+    command = f"from examples_in_process import run_killed; run_killed({event}, *{arguments!r})"
+    process = subprocess.run([sys.executable, "-c", command], cwd=Path(__file__).parent)
+    assert process.returncode == -signal.SIGKILL
     assert {path.name for path in (tmp_path / "export").iterdir()} <= {"_lock", ".unfinished"}
     export("--formats", "torch")
 

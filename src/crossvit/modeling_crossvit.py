@@ -282,7 +282,7 @@ def is_plain_linear(module: nn.Module) -> bool:
     return (
         type(module) is nn.Linear
         and type(module.weight) is nn.Parameter
-        and "forward" not in vars(module)
+        and "forward" not in module.__dict__
         and not any(hooks)
     )
 
