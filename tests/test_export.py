@@ -29,8 +29,9 @@ if not hasattr(exporters, "ExportedModel"):
     pytest.skip("transformers before 5.23", allow_module_level=True)
 CalibrationSet = importlib.import_module("transformers.exporters.quantizers.base").CalibrationSet
 
-# Of Transformers' and PyTorch's own code, where a test runs exported programs
 pytestmark = [
+    pytest.mark.export,
+    # Of Transformers' and PyTorch's own code, where a test runs exported programs
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
@@ -324,7 +325,6 @@ def test_folder_with_other_things_is_left_alone(export, tmp_path):
     assert {path.name for path in (tmp_path / "export").iterdir()} == {"torch", "thesis.tex"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("event", [2, 6, 9])
 def test_killed_export_leaves_nothing_half_written(export, checkpoint, zoo, tmp_path, event):
     arguments = ["export", "--model", checkpoint, "--data", zoo, "--output_dir", tmp_path / "export", *QUICK]
@@ -336,7 +336,6 @@ def test_killed_export_leaves_nothing_half_written(export, checkpoint, zoo, tmp_
     export("--formats", "torch")
 
 
-@pytest.mark.slow
 def test_quickstart_is_trained_and_exported(tmp_path):
     command = [sys.executable, EXAMPLES / "export.py", "--formats", "torch", "--rounds", "1"]
     for number in range(2):
