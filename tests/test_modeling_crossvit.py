@@ -277,13 +277,13 @@ class DoubledLinear(torch.nn.Linear):
 
 
 class SubclassedTensor(torch.Tensor):
-    """As quantized and sharded weights are; it counts the linear layers it is used by."""
+    """As quantized and sharded weights are; it counts the linear layers whose weight it is."""
 
     calls = 0
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        cls.calls += function is torch.nn.functional.linear
+        cls.calls += function is torch.nn.functional.linear and type(args[1]) is cls
         return super().__torch_function__(function, types, args, kwargs)
 
 
