@@ -32,6 +32,7 @@ if __name__ == "__main__":
 import contextlib
 import copy
 import importlib.util
+import inspect
 import io
 import json
 import logging
@@ -263,9 +264,15 @@ def save_program(name: str, model: Any, calibration: torch.Tensor, folder: Path)
 
 
 def run_options(name: str) -> dict[str, Any]:
-    """Options of OpenVINO, which computes in bfloat16 by default where the CPU can."""
-    if name.startswith("openvino"):
+    """Options to load a program with."""
+    if name.startswith("openvino"):  # It computes in bfloat16 by default where the CPU can
         return {"config": {"INFERENCE_PRECISION_HINT": "bf16" if name == "openvino-bf16" else "f32"}}
+    # Those of torch.export are pickles, which transformers from 5.24 on loads on request alone
+    if (
+        name == "torch"
+        and "trust_remote_code" in inspect.signature(exporters.ExportedModel.from_pretrained).parameters
+    ):
+        return {"trust_remote_code": True}
     return {}
 
 
@@ -425,6 +432,9 @@ print(id2label[logits.argmax(-1).item()])
 ```
 """
 RUNTIME_GUIDES = {
+    "torch": """
+It is a pickle, which can run any code: load those alone that you exported yourself or trust like your own.
+""",
     "executorch": """
 It takes one image at a time: `pixel_values` of shape (1, 3, height, width).
 """,
@@ -463,7 +473,7 @@ def make_guide(rows: list[dict[str, Any]], table: list[str], numbers: str, choic
         guide = TORCHAO_GUIDE if name == "torchao-int8" else PROGRAM_GUIDE
         guide += RUNTIME_GUIDES.get(name.partition("-")[0], "")
         config = json.dumps(options.get("config"))
-        arguments = f", config={config}" if options else ""
+        arguments = "".join(f", {option}={value!r}" for option, value in options.items())
         text += guide.format(name=name, folder=folder, options=arguments, config=config)
     return text
 

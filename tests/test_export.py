@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import inspect
 import itertools
 import json
 import re
@@ -119,6 +120,11 @@ def test_program_has_the_logits_of_the_model_for_any_number_of_images(
     options = {}
     if name.startswith("openvino"):
         options["config"] = {"INFERENCE_PRECISION_HINT": "bf16" if name == "openvino-bf16" else "f32"}
+    if (
+        name == "torch"
+        and "trust_remote_code" in inspect.signature(exporters.ExportedModel.from_pretrained).parameters
+    ):
+        options["trust_remote_code"] = True  # transformers 5.24 asks, as torch unpickles its programs
     if name == "torchao-int8":
         program = CrossViTForImageClassification.from_pretrained(folder).eval()
         cast = torch.bfloat16
