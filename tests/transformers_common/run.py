@@ -32,6 +32,7 @@ ALLOWED_SKIPS = {
     r": test requires |parallel tests require": "an accelerator or a library that is not installed",
     r"spawn one process per device|mixin tests are CPU-only": "the tests of sharding run on the CPU alone",
     r"inputs_embeds|language modeling head|test_resize_embeddings": "no text, hence no vocabulary",
+    r"take a cache as input": "nothing is generated, token by token",
     r"RoPE|sliding window": "position embeddings are learned, attention is global",
     r"grouped_mm|[Ee]xpert|MoE|router_logits": "no experts",
     r"dispatch_composite_models: |not (a )?composite|No subconfigs": "one model, not composed of several",
