@@ -363,7 +363,8 @@ def test_blockwise_attention_is_attention(monkeypatch):
 
 
 @torch.no_grad()
-def test_bfloat16_on_a_cpu_is_attended_blockwise(model, pixel_values, monkeypatch):
+def test_bfloat16_is_attended_blockwise_on_cpus_where_that_is_faster(model, pixel_values, monkeypatch):
+    monkeypatch.setattr(modeling_crossvit, "CPU_CAPABILITIES", {"avx512_bf16": True})
     used = []
     blockwise = modeling_crossvit.blockwise_attention_forward
 
@@ -396,7 +397,14 @@ def test_bfloat16_on_a_cpu_is_attended_blockwise(model, pixel_values, monkeypatc
     assert len(used) == 12 + 2 * 6 + 3  # those of the smaller weights
     half.set_attn_implementation("eager")
     half(pixel_values)
+    half.set_attn_implementation("sdpa")
+    for capabilities in ({}, {"avx512_bf16": False, "amx_tile": False}, {"avx512_bf16": True, "amx_tile": True}):
+        monkeypatch.setattr(modeling_crossvit, "CPU_CAPABILITIES", capabilities)
+        half(pixel_values)
     assert len(used) == 12 + 2 * 6 + 3
+    with torch.enable_grad():  # With AMX, the last of these, for the backward pass alone
+        half(pixel_values)
+    assert len(used) == 12 + 2 * 6 + 2 * 3
 
 
 @torch.no_grad()

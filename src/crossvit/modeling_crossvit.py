@@ -27,7 +27,7 @@ arXiv:2103.14899). Reproduces the authors' code (IBM/CrossViT, models/crossvit.p
 import copy
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -51,6 +51,8 @@ from .configuration_crossvit import AUTO_MAP, CrossViTConfig, code_kept
 
 # Attention weights of as many bytes stay in the caches of current CPUs (measured with 2 MiB to 16 MiB)
 BLOCK_BYTES = 4 * 2**20
+# What the CPU can do, by name; older releases of torch do not say
+CPU_CAPABILITIES: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
 
 
 @dataclass
@@ -266,8 +268,12 @@ def blockwise_attention_forward(
 
 
 def is_faster_blockwise(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether to use `blockwise_attention_forward` for sdpa, which takes twice as long on a CPU in bfloat16."""
+    """Whether to use `blockwise_attention_forward` for sdpa, which takes twice as long on some CPUs in bfloat16."""
     if query.device.type != "cpu" or query.dtype != torch.bfloat16 or is_tracing(query):
+        return False
+    # With AMX that is so for the backward pass alone; CPUs without either were not measured
+    needs_backward = torch.is_grad_enabled() and query.requires_grad
+    if not CPU_CAPABILITIES.get("avx512_bf16") or (CPU_CAPABILITIES.get("amx_tile") and not needs_backward):
         return False
     weights_per_image = query.shape[1] * query.shape[2] * key.shape[2]
     return weights_per_image * query.element_size() <= 8 * BLOCK_BYTES  # Beyond, memory matters more
