@@ -43,7 +43,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
-from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_crossvit import AUTO_MAP, CrossViTConfig, code_kept
@@ -269,7 +268,8 @@ def blockwise_attention_forward(
 
 def is_faster_blockwise(query: torch.Tensor, key: torch.Tensor) -> bool:
     """Whether to use `blockwise_attention_forward` for sdpa, which takes twice as long on some CPUs in bfloat16."""
-    if query.device.type != "cpu" or query.dtype != torch.bfloat16 or is_tracing(query):
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # A program holds no number of blocks
+    if query.device.type != "cpu" or query.dtype != torch.bfloat16 or is_traced:
         return False
     # With AMX that is so for the backward pass alone; CPUs without either were not measured
     needs_backward = torch.is_grad_enabled() and query.requires_grad
