@@ -52,7 +52,7 @@ import torch
 import transformers
 
 from crossvit import CrossViTForImageClassification
-from crossvit.command_line import load_checkpoint, make_parser, parse, reason, run
+from crossvit.command_line import QUICKSTART, load_checkpoint, make_parser, parse, quickstart_model, reason, run
 from crossvit.errors import CommandError
 from crossvit.image_datasets import ImageSource, LabelledImages, match_classes
 from crossvit.image_files import check_labels, name_of, read_image
@@ -67,7 +67,7 @@ except ImportError:
 
 Run = Callable[[torch.Tensor], torch.Tensor]  # pixel values -> logits
 
-QUICKSTART = Path("outputs/quickstart")
+SCRIPT = Path(__file__).with_name("quickstart.py")
 UNFINISHED = ".unfinished"  # where a program is until it is known to be right
 TOLERANCE = 1e-4  # between the logits of a float32 program and of the model
 ACCURACY_LOSS = 0.01  # that is worth a faster program
@@ -135,11 +135,6 @@ class Images:
     labels: torch.Tensor
 
 
-def quickstart() -> dict[str, Any]:
-    """What the quickstart defines. To import it, this folder would have to hide the library evaluate."""
-    return runpy.run_path(str(Path(__file__).with_name("quickstart.py")))
-
-
 def check_arguments(args: ExportArguments, data: ImageSource) -> None:
     if not hasattr(exporters, "ExportedModel"):
         raise CommandError(
@@ -172,7 +167,7 @@ def check_output(output: Path) -> None:
 
 def load_images(args: ExportArguments, data: ImageSource, model: Any, processor: Any) -> Images:
     if not data.data:
-        train, test = quickstart()["load_datasets"]()
+        train, test = runpy.run_path(str(SCRIPT))["load_datasets"]()
         calibration = train.images[: args.calibration_images]
         measured, labels = test.images[: args.test_images], test.labels[: args.test_images]
     else:
@@ -490,11 +485,7 @@ def write(file: Path, text: str) -> None:
 
 def export_all(args: ExportArguments, data: ImageSource) -> None:
     output = Path(args.output_dir)
-    if args.model is None and not (QUICKSTART / "model.safetensors").is_file():
-        print(f"No model in {QUICKSTART} yet: the quickstart trains it", flush=True)
-        QUICKSTART.mkdir(parents=True, exist_ok=True)
-        quickstart()["train"](QUICKSTART, seed=0)
-    source = args.model or str(QUICKSTART)
+    source = args.model or quickstart_model(SCRIPT)
     model, processor = load_checkpoint(source, dtype=torch.float32)
     images = load_images(args, data, model.eval(), processor)
     if args.threads:

@@ -30,7 +30,6 @@ if __name__ == "__main__":  # Ahead of the imports that take seconds, so that Ct
     signal.signal(signal.SIGINT, lambda *_: sys.exit("\nInterrupted."))
 
 import argparse
-import io
 import json
 import subprocess
 import tempfile
@@ -41,8 +40,6 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
-from matplotlib.cm import ScalarMappable
-from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.utils.data import Dataset
@@ -60,13 +57,14 @@ from transformers import (
 from transformers.utils import logging
 
 from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
+from crossvit.attention_maps import AttentionMaps
+from crossvit.plotting import Picture, Scores, display_size, draw_rows, overlay, save_figure
 
 
 LABELS = [str(digit) for digit in range(10)]
 SIDE = 48  # pixels that the model sees; the digits themselves have 8x8
 MIN_SIDE = 8  # of an image to classify: with fewer pixels there is nothing to see
 MAX_ROWS = 8  # of the picture
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#BBBBBB"  # different to color-blind eyes too
 
 
 class Digits(Dataset):
@@ -194,7 +192,6 @@ def load(name: str) -> tuple[Any, Any, Any]:
         fail(f"--model {name}: no CrossViT in such a folder or on the Hub ({str(error).strip().splitlines()[0]})")
 
 
-@torch.no_grad()
 def classify(model_name: str, paths: list[str], output: Path) -> None:
     """Classifies and draws the images, or else the held-out digits."""
     samples: list[dict[str, Any]] = [{"image": open_image(path), "title": Path(path).name} for path in paths]
@@ -219,65 +216,22 @@ def classify(model_name: str, paths: list[str], output: Path) -> None:
         mistakes = [sample for sample in samples if not sample["right"]][:2]  # There is most to see in them
         samples = mistakes + [sample for sample in samples if sample["right"]]
 
-    samples = samples[:MAX_ROWS]
-    images = [sample["image"] for sample in samples]
-    pixel_values = processor(images, return_tensors="pt")["pixel_values"]
-    seen = processor(images, return_tensors="pt", do_normalize=False)["pixel_values"].permute(0, 2, 3, 1).numpy()
-    figure = draw(samples, seen, class_token_attention(model, pixel_values))
-    figure.savefig(picture := io.BytesIO())
+    rows: list[list[Picture | Scores | None]] = []
+    for sample in samples[:MAX_ROWS]:
+        image = sample["image"]
+        maps = AttentionMaps(model, processor, image)
+        titles = ("", "") if rows else ("image", "prediction")
+        row: list[Picture | Scores | None] = [Picture(image, titles[0], label=sample["title"][-20:])]
+        row += [Scores(sample["prediction"], titles[1], sample["right"]), None]
+        for branch, (grid_rows, grid_columns) in enumerate(maps.grid_sizes):
+            attention = maps.self_attention(branch).on_image(smooth=True, image_size=display_size(image))
+            title = "" if rows else f"branch {branch}\n{grid_columns}x{grid_rows} patches"
+            row.append(Picture(overlay(image, attention), title))
+        rows.append(row)
+    figure = draw_rows(rows, heat="attention of the class token (1: the most in this image)")
     (output / "predictions.json").write_text(json.dumps(predictions, indent=2))
-    (output / "quickstart.png").write_bytes(picture.getvalue())
-    print(f"Drew {len(samples)} of them and what the model looks at in {output / 'quickstart.png'}")
-
-
-def class_token_attention(model: Any, pixel_values: torch.Tensor) -> dict[int, np.ndarray]:
-    """By branch, how its class token attends to its patches in its last layer: arrays (images, rows, columns)."""
-    attentions = model(pixel_values, output_attentions=True).attentions
-    # They come in the order stage, branch, layer: the branch of each, and the last one of each branch
-    branches = [
-        branch for *depths, _ in model.config.depth for branch, depth in enumerate(depths) for _ in range(depth)
-    ]
-    last_layers = {branch: layer for layer, branch in enumerate(branches)}
-    maps = {}
-    for branch, layer in sorted(last_layers.items()):
-        embeddings = model.base_model.embeddings[branch]
-        to_patches = attentions[layer].mean(dim=1)[:, 0, 1:]  # The mean of the heads, from the class token
-        maps[branch] = to_patches.unflatten(1, embeddings.get_grid_size(embeddings.image_size)).numpy()
-    return maps
-
-
-def draw(samples: list[dict[str, Any]], images: np.ndarray, maps: dict[int, np.ndarray]) -> Figure:
-    """A row per image: what the model sees, its best labels, and where the class token of each branch looks."""
-    rows, columns = len(samples), 2 + len(maps)
-    figure = Figure(figsize=(2 * columns + 1, 1.8 * rows + 1.4), dpi=120, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, width_ratios=[1, 1.4] + [1] * len(maps))
-    branches = (f"branch {branch}\n{grid.shape[1]}x{grid.shape[2]} patches" for branch, grid in maps.items())
-    for axis, title in zip(axes[0], ("image", "prediction", *branches)):
-        axis.set_title(title, fontsize=11, pad=10)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-
-    for sample, image, row, *attention in zip(samples, images, axes, *maps.values()):
-        row[0].imshow(image)
-        row[0].set_ylabel(sample["title"][-20:], fontsize=11)
-        scores = [top["score"] for top in sample["prediction"]]
-        row[1].barh(range(len(scores)), scores, height=0.3, color=(BLUE if sample["right"] else ORANGE, GREY, GREY))
-        for place, top in enumerate(sample["prediction"]):
-            label = f"{top['label'].split(',')[0][:24]}  {top['score']:.1%}"
-            row[1].text(0.01, place - 0.2, label, va="bottom", fontsize=10)
-        row[1].set(xlim=(0, 1), ylim=(2.4, -0.7))
-        row[1].spines[["top", "right", "bottom"]].set_visible(False)
-        for axis, grid in zip(row[2:], attention):
-            weights = torch.tensor(grid / grid.max())[None, None]
-            weights = torch.nn.functional.interpolate(weights, image.shape[:2], mode="bicubic")[0, 0].clamp(0, 1)
-            axis.imshow(image.mean(axis=2), cmap="gray", vmin=0, vmax=1.4)
-            axis.imshow(weights, cmap="inferno", vmin=0, vmax=1, alpha=0.2 + 0.7 * weights)
-    if maps:
-        bar = figure.colorbar(
-            ScalarMappable(cmap="inferno"), ax=axes[:, 2:], location="bottom", aspect=30, shrink=0.8, pad=0.02
-        )
-        bar.set_label("attention of the class token\n(1: the most in this image)")
-    return figure
+    save_figure(figure, output / "quickstart.png")
+    print(f"Drew {len(rows)} of them and what the model looks at in {output / 'quickstart.png'}")
 
 
 def main() -> None:

@@ -14,6 +14,7 @@
 """What commands share: errors of one line, and an end without a trace for Ctrl-C."""
 
 import argparse
+import runpy
 import signal
 import sys
 from collections.abc import Callable
@@ -29,6 +30,9 @@ from .configuration_crossvit import CrossViTConfig
 from .errors import CommandError
 from .image_sizes import make_image_processor
 from .modeling_crossvit import CrossViTForImageClassification
+
+
+QUICKSTART = Path("outputs/quickstart")
 
 
 def make_parser(groups: Any, description: str, defaults: dict[str, Any]) -> HfArgumentParser:
@@ -103,6 +107,20 @@ def load_config(name: str, **options) -> tuple[CrossViTConfig, Any]:
     return config, processor
 
 
+def quickstart_model(script: Path) -> str:
+    """
+    The folder of the quickstart's model, which is trained if need be.
+
+    Args:
+        script (`Path`): `quickstart.py`. To import it, its folder would have to hide the library evaluate.
+    """
+    if not (QUICKSTART / "model.safetensors").is_file():
+        print(f"No model in {QUICKSTART} yet: the quickstart trains it", flush=True)
+        QUICKSTART.mkdir(parents=True, exist_ok=True)
+        runpy.run_path(str(script))["train"](QUICKSTART, seed=0)
+    return str(QUICKSTART)
+
+
 def reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
@@ -127,4 +145,4 @@ def run(main: Callable[[], None]) -> None:
             torch.distributed.destroy_process_group()
 
 
-__all__ = ["load_checkpoint", "load_config", "make_parser", "parse", "run"]
+__all__ = ["QUICKSTART", "load_checkpoint", "load_config", "make_parser", "parse", "quickstart_model", "run"]

@@ -13,10 +13,26 @@
 # limitations under the License.
 """Pictures, in colors that are different to color-blind eyes too."""
 
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
 import numpy as np
+import PIL.Image
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
+from .errors import CommandError
 
+
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#BBBBBB"
+HEAT = "inferno"
+CELL = 2.1  # inches, the width of a picture among others
 MAX_NAMES = 40  # more do not fit beside the rows
 
 
@@ -50,4 +66,126 @@ def draw_confusion_matrix(matrix: np.ndarray, class_names: list[str]) -> Figure:
     return figure
 
 
-__all__ = ["draw_confusion_matrix"]
+def display_size(image: PIL.Image.Image, side: int = 480) -> tuple[int, int]:
+    """The (height, width) in pixels of the image with `side` pixels on the longer side."""
+    scale = side / max(image.size)
+    return max(1, round(scale * image.height)), max(1, round(scale * image.width))
+
+
+def overlay(image: PIL.Image.Image, values: np.ndarray) -> PIL.Image.Image:
+    """
+    Values as colors over an image in grey: the brighter, the higher by the highest.
+
+    Args:
+        image (`PIL.Image.Image`): is brought to the size of the values.
+        values (`np.ndarray`): (height, width), of [`~crossvit.attention_maps.AttentionMap.on_image`] or
+            [`~crossvit.attention_maps.SeenRegion.align`]; those below 0 count as 0.
+    """
+    height, width = values.shape
+    grey = np.asarray(image.convert("L").resize((width, height)), dtype=np.float32)[..., None] / 255
+    weights = np.clip(values, 0, None).astype(np.float32)
+    weights /= max(weights.max(), np.finfo(np.float32).tiny)
+    colors = matplotlib.colormaps[HEAT](weights)[..., :3]
+    opacity = 0.2 + 0.7 * weights[..., None]
+    # Grey a little darker than it is leaves the bright colors to the values
+    return PIL.Image.fromarray((255 * (opacity * colors + (1 - opacity) * grey / 1.4)).round().astype(np.uint8))
+
+
+@dataclass(frozen=True)
+class Picture:
+    """
+    An image to draw.
+
+    Args:
+        image (`PIL.Image.Image`): the image.
+        title (`str`, *optional*): above it.
+        label (`str`, *optional*): beside it, of its row.
+        color (`str`, *optional*): of a frame.
+    """
+
+    image: PIL.Image.Image
+    title: str = ""
+    label: str = ""
+    color: str | None = None
+
+    def draw(self, axis: Axes) -> None:
+        axis.imshow(self.image.convert("RGB"))
+        axis.set_title(self.title, fontsize=10, parse_math=False)
+        axis.set_ylabel(self.label, fontsize=11, parse_math=False)
+        axis.spines[:].set(color=self.color or "black", linewidth=3 if self.color else 0.5)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """
+    The best labels to draw as bars.
+
+    Args:
+        scores (`list[dict[str, Any]]`): "label" and "score" of each, as pipelines give them.
+        title (`str`, *optional*): above them.
+        right (`bool`, *optional*, defaults to `True`): whether the first one is, as far as is known.
+    """
+
+    scores: list[dict[str, Any]]
+    title: str = ""
+    right: bool = True
+
+    def draw(self, axis: Axes) -> None:
+        places = range(len(self.scores))
+        colors = [BLUE if self.right else ORANGE] + [GREY] * len(self.scores)
+        axis.barh(places, [entry["score"] for entry in self.scores], height=0.3, color=colors[: len(self.scores)])
+        for place, entry in enumerate(self.scores):
+            label = f"{entry['label'].split(',')[0][:24]}  {entry['score']:.1%}"
+            axis.text(0.01, place - 0.2, label, va="bottom", fontsize=10, parse_math=False)
+        axis.set_title(self.title, fontsize=10)
+        axis.set(xlim=(0, 1), ylim=(len(self.scores) - 0.6, -0.7))
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
+
+
+def draw_rows(rows: Sequence[Sequence[Picture | Scores | None]], heat: str = "") -> Figure:
+    """
+    Rows of pictures and scores, as many in each.
+
+    Args:
+        rows (`Sequence[Sequence[Picture | Scores | None]]`): what to draw; `None` widens what is before it.
+        heat (`str`, *optional*): what the colors of the pictures with an [`overlay`] mean; by default there are none.
+    """
+    # Rows are as high as their highest picture and its title
+    aspects = [max(cell.image.height / cell.image.width for cell in row if isinstance(cell, Picture)) for row in rows]
+    aspects = [min(max(aspect, 0.5), 3) for aspect in aspects]
+    titles = [max((f"{cell.title}\n".count("\n") for cell in row if cell and cell.title), default=0) for row in rows]
+    heights = [CELL * aspect + 0.2 * lines for aspect, lines in zip(aspects, titles)]
+    figure_size = (CELL * len(rows[0]), sum(heights) + 0.15 * len(rows) + 0.7 * bool(heat))
+    figure = Figure(figsize=figure_size, dpi=120, layout="constrained")
+    grid = figure.add_gridspec(len(rows), len(rows[0]), height_ratios=heights)
+    axes = []
+    for number, row in enumerate(rows):
+        starts = [column for column, cell in enumerate(row) if cell is not None]
+        for start, end in zip(starts, [*starts[1:], len(row)]):
+            axes.append(figure.add_subplot(grid[number, start:end], xticks=[], yticks=[]))
+            axes[-1].set_box_aspect(aspects[number] / (end - start) if isinstance(row[start], Scores) else None)
+            row[start].draw(axes[-1])
+    if heat:
+        bar = figure.colorbar(ScalarMappable(cmap=HEAT), ax=axes, location="bottom", aspect=50, shrink=0.6, pad=0.02)
+        bar.set_label(heat)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """
+    Writes a picture, whole or not at all.
+
+    Raises:
+        `CommandError`: for a format that Matplotlib cannot write.
+    """
+    formats = figure.canvas.get_supported_filetypes()
+    if path.suffix[1:] not in formats:
+        raise CommandError(f"{path}: the name of a picture ends with one of {', '.join(formats)}")
+    figure.savefig(content := io.BytesIO(), format=path.suffix[1:])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_bytes(content.getvalue())
+    os.replace(unfinished, path)
+
+
+__all__ = ["Picture", "Scores", "display_size", "draw_confusion_matrix", "draw_rows", "overlay", "save_figure"]

@@ -27,7 +27,7 @@ from .augmentation import AugmentationArguments, ImageCollator
 from .errors import CommandError
 from .image_datasets import DataArguments, LabelledImages
 from .metrics import MultiLabelMetric, SingleLabelMetric, confusion_matrix
-from .plotting import draw_confusion_matrix
+from .plotting import draw_confusion_matrix, save_figure
 from .resuming import LOCK_NAME, resume_point
 from .sampling import ImageDataset, ImageStream
 from .trainer import CrossViTTrainer, order_seed
@@ -186,7 +186,7 @@ def finish(trainer: CrossViTTrainer, images: LabelledImages, data: DataArguments
         trainer.save_metrics(name, prediction.metrics)
         if trainer.args.should_save and not images.multi_label:
             matrix = confusion_matrix(prediction.predictions[0], prediction.label_ids, len(images.class_names))
-            draw_confusion_matrix(matrix, images.class_names).savefig(output / f"{name}_confusion.png")
+            save_figure(draw_confusion_matrix(matrix, images.class_names), output / f"{name}_confusion.png")
     card: dict[str, Any] = {"dataset": Path(data.data).resolve().name}
     if not Path(data.data).expanduser().exists():
         card = {"dataset": data.data, "dataset_tags": data.data}

@@ -1,0 +1,368 @@
+"""Attention maps: the right weights, exactly, and in the right place of the image."""
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from timm_reference import perturb
+
+from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor, CrossViTImageProcessorPil
+from crossvit.attention_maps import AttentionMaps, SeenRegion
+
+
+# Weights are rounded to float32 by the softmax: rows were off by 3e-7 at most
+ROW_TOLERANCE = 2e-6
+
+CONFIGS = {
+    "two branches": {},
+    "three branches, two cross-attention layers": {
+        "image_size": (36, 32, 40),
+        "patch_size": (6, 8, 10),
+        "embed_dim": (24, 32, 16),
+        "depth": ((1, 2, 1, 2), (2, 0, 1, 0)),
+        "num_heads": (2, 4, 2),
+        "mlp_ratio": (2.0, 3.0, 1.0, 1.0),
+    },
+    "rectangles": {"image_size": ((36, 24), (32, 40))},
+}
+
+
+def make_model(config: CrossViTConfig) -> CrossViTForImageClassification:
+    return perturb(CrossViTForImageClassification(config)).eval()
+
+
+def make_processor(height: int = 36, width: int = 36, **options) -> CrossViTImageProcessor:
+    options = {"size": {"shortest_edge": 41}, "crop_size": {"height": height, "width": width}, **options}
+    return CrossViTImageProcessor(**options)
+
+
+def make_image(width: int = 50, height: int = 44) -> PIL.Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(pixels)
+
+
+@pytest.fixture(params=CONFIGS)
+def config(request, small_config) -> CrossViTConfig:
+    return CrossViTConfig(**{**small_config.to_dict(), **CONFIGS[request.param]})
+
+
+@pytest.fixture
+def model(small_config) -> CrossViTForImageClassification:
+    return make_model(small_config)
+
+
+def total(attention) -> float:
+    return sum(attention.class_tokens.values()) + sum(shares.sum() for shares in attention.patches.values())
+
+
+def record_weights(model, processor, image) -> dict[str, np.ndarray]:
+    """What each attention layer returns, by the name of its module: (heads, queries, keys)."""
+    weights = {}
+    hooks = [
+        module.register_forward_hook(lambda module, args, output, name=name: weights.__setitem__(name, output[1]))
+        for name, module in model.named_modules()
+        if name.endswith(".attention")
+    ]
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        model(**processor(image, return_tensors="pt"))
+    for hook in hooks:
+        hook.remove()
+    return {name: tensor[0].numpy() for name, tensor in weights.items()}
+
+
+def test_each_map_has_the_weights_of_its_layer(config):
+    model, processor, image = make_model(config), make_processor(), make_image()
+    weights = record_weights(model, processor, image)
+    maps = AttentionMaps(model, processor, image)
+    checked = 0
+    for stage, (*depths, _) in enumerate(config.depth):
+        for branch, depth in enumerate(depths):
+            next_branch = (branch + 1) % config.num_branches
+            for layer in range(depth):
+                expected = weights[f"crossvit.stages.{stage}.branches.{branch}.layers.{layer}.attention"]
+                for head in (None, 0, -1):
+                    for token in (0, 3, -1):
+                        attention = maps.self_attention(branch, stage, layer, head, token)
+                        row = (expected.mean(axis=0) if head is None else expected[head])[token]
+                        assert list(attention.class_tokens) == list(attention.patches) == [branch]
+                        assert attention.patches[branch].shape == maps.grid_sizes[branch]
+                        assert np.allclose(attention.patches[branch].ravel(), row[1:], rtol=1e-6, atol=0)
+                        assert np.isclose(attention.class_tokens[branch], row[0], rtol=1e-6, atol=0)
+                        assert total(attention) == pytest.approx(1, abs=ROW_TOLERANCE)
+                        checked += 1
+            expected = weights[f"crossvit.stages.{stage}.fusions.{branch}.layers.0.attention"]
+            for head in (None, 1):
+                attention = maps.cross_attention(branch, stage, head)
+                row = (expected.mean(axis=0) if head is None else expected[head])[0]
+                assert list(attention.class_tokens) == [branch] and list(attention.patches) == [next_branch]
+                assert attention.patches[next_branch].shape == maps.grid_sizes[next_branch]
+                assert np.allclose(attention.patches[next_branch].ravel(), row[1:], rtol=1e-6, atol=0)
+                assert total(attention) == pytest.approx(1, abs=ROW_TOLERANCE)
+    assert checked >= 6 * 9
+
+
+def test_rollout_is_the_product_of_the_layers(config):
+    """Against matrices of all tokens of all branches, one per layer, multiplied one after the other."""
+    model, processor, image = make_model(config), make_processor(), make_image()
+    weights = record_weights(model, processor, image)
+    maps = AttentionMaps(model, processor, image)
+    counts = [1 + rows * columns for rows, columns in maps.grid_sizes]
+    starts = [sum(counts[:branch]) for branch in range(len(counts))]
+    number = sum(counts)
+    product = np.eye(number)
+    for stage, (*depths, _) in enumerate(config.depth):
+        for branch, depth in enumerate(depths):
+            block = slice(starts[branch], starts[branch] + counts[branch])
+            for layer in range(depth):
+                matrix = np.eye(number)
+                attention = weights[f"crossvit.stages.{stage}.branches.{branch}.layers.{layer}.attention"]
+                matrix[block, block] = (np.eye(counts[branch]) + attention.mean(axis=0)) / 2
+                product = matrix @ product
+        fusions = np.eye(number)
+        for branch in range(len(counts)):
+            visited = (branch + 1) % len(counts)
+            row = weights[f"crossvit.stages.{stage}.fusions.{branch}.layers.0.attention"].mean(axis=0)[0]
+            fusions[starts[branch]] = 0
+            fusions[starts[branch], starts[branch]] = (1 + row[0]) / 2
+            fusions[starts[branch], starts[visited] + 1 : starts[visited] + counts[visited]] = row[1:] / 2
+        product = fusions @ product
+
+    for branch in (None, *range(len(counts))):
+        expected = product[starts].mean(axis=0) if branch is None else product[starts[branch]]
+        rollout = maps.rollout(branch)
+        assert total(rollout) == pytest.approx(1, abs=ROW_TOLERANCE)
+        for other, (start, count) in enumerate(zip(starts, counts)):
+            assert rollout.class_tokens[other] == pytest.approx(expected[start], rel=1e-6)
+            assert np.allclose(rollout.patches[other].ravel(), expected[start + 1 : start + count], rtol=1e-6, atol=0)
+        # The image has all that the patches have
+        seen = 1 - sum(rollout.class_tokens.values())
+        assert rollout.on_image().sum() == pytest.approx(seen, abs=ROW_TOLERANCE)
+
+
+@pytest.mark.parametrize("backend", [CrossViTImageProcessor, CrossViTImageProcessorPil])
+@pytest.mark.parametrize(
+    "size, options",
+    [
+        ((240, 240), {}),
+        ((250, 120), {}),
+        ((91, 203), {}),
+        ((180, 77), {"size": {"height": 300, "width": 280}}),
+        ((200, 160), {"do_resize": False, "crop_size": {"height": 121, "width": 90}}),
+        ((200, 160), {"do_center_crop": False}),
+        ((60, 250), {"do_resize": False, "crop_size": {"height": 180, "width": 101}}),  # padded at the top and bottom
+    ],
+)
+def test_aligned_cells_are_where_the_image_processor_takes_their_pixels_from(backend, size, options):
+    """The mean coordinates of the pixels of a cell, which an image of coordinates carries through the processor."""
+    columns_of_image, rows_of_image = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
+    # 255 in blue tells the image from padding
+    coordinates = np.stack((rows_of_image, columns_of_image, np.full_like(rows_of_image, 255)), axis=-1)
+    image = PIL.Image.fromarray(coordinates.astype(np.uint8))
+    processor = backend(do_rescale=False, do_normalize=False, **options)
+    pixel_values = processor(image, return_tensors="pt").pixel_values
+    region = SeenRegion.of(processor, image, pixel_values)
+
+    height, width = pixel_values.shape[-2:]
+    for top, left, cell in ((0, 0, 10), (height - 12, width - 12, 12), (height // 2, width // 3, 9)):
+        seen = pixel_values[0, :, top : top + cell, left : left + cell].double().numpy()
+        values = np.zeros((height, width))
+        values[top : top + cell, left : left + cell] = 1
+        aligned = region.align(values)
+        if (seen[2] < 1).all():
+            assert aligned.sum() == 0
+            continue
+        weights = aligned / aligned.sum()
+        inside = seen[2] > 254
+        found = [(weights.sum(axis=1) * np.arange(size[1])).sum(), (weights.sum(axis=0) * np.arange(size[0])).sum()]
+        expected = [seen[channel][inside].mean() for channel in (0, 1)]
+        # Coordinates are rounded to bytes after the resizing; 0.37 pixels were measured, at the edge, which has no
+        # neighbors to be filtered with
+        assert np.allclose(found, expected, atol=0.5), (found, expected)
+
+
+def make_bright_seeker(small_config, **options) -> CrossViTForImageClassification:
+    """A model whose class tokens attend to patches as bright as white, wherever they are."""
+    config = CrossViTConfig(**{**small_config.to_dict(), "depth": ((1, 1, 0),), "num_heads": (1, 1), **options})
+    model = CrossViTForImageClassification(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        for embeddings in model.crossvit.embeddings:
+            embeddings.patch_embeddings.projection.weight[0] = (
+                1 / embeddings.patch_embeddings.projection.weight[0].numel()
+            )
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                module.weight.fill_(1)
+            # Keys are the first feature, queries are constant, and far enough from it to leave the rest nothing
+            if name.endswith("attention.qkv"):
+                width = module.in_features
+                module.weight[width, 0] = 1
+                module.bias[0] = 100
+            if name.endswith("attention.k_proj"):
+                module.weight[0, 0] = 1
+            if name.endswith("attention.q_proj"):
+                module.bias[0] = 100
+    return model
+
+
+@pytest.mark.parametrize(
+    "size, options, interpolate_pos_encoding",
+    [
+        ((36, 36), {"do_resize": False}, False),
+        ((300, 200), {}, False),
+        ((110, 470), {}, False),
+        ((20, 26), {}, False),
+        ((31, 90), {"do_resize": False}, False),  # padded on the left and right
+        ((96, 66), {"do_resize": False, "do_center_crop": False}, True),
+        ((100, 71), {"do_resize": False, "do_center_crop": False}, True),  # rounded to whole patches
+        ((300, 200), {"do_center_crop": False}, True),
+    ],
+)
+@pytest.mark.parametrize("place", [(0.5, 0.5), (0.35, 0.6), (0.62, 0.41)])
+def test_attention_to_the_one_bright_spot_is_drawn_where_it_is(
+    small_config, size, options, interpolate_pos_encoding, place
+):
+    model = make_bright_seeker(small_config)
+    processor = make_processor(**{"image_mean": [0, 0, 0], "image_std": [1, 1, 1], **options})
+    width, height = size
+    spot = (place[0] * width, place[1] * height)
+    # In all images the spot is a little smaller than a patch of the first branch
+    shape = processor(PIL.Image.new("RGB", size), return_tensors="pt").pixel_values.shape
+    image = PIL.Image.new("RGB", size)
+    region = SeenRegion.of(processor, image, torch.zeros(shape))
+    pixels = np.zeros((height, width, 3), dtype=np.uint8)
+    half = max(0.5, 2.5 * min(region.size) / 36)
+    pixels[int(spot[1] - half) : int(spot[1] + half) + 1, int(spot[0] - half) : int(spot[0] + half) + 1] = 255
+    maps = AttentionMaps(model, processor, PIL.Image.fromarray(pixels), interpolate_pos_encoding)
+    rows, columns = np.nonzero(pixels[..., 0])
+    center = np.array([rows.mean(), columns.mean()])
+    for branch in (0, 1):
+        visited = 1 - branch
+        for attention, grid in (
+            (maps.self_attention(branch), maps.grid_sizes[branch]),
+            (maps.cross_attention(branch), maps.grid_sizes[visited]),
+        ):
+            aligned = attention.on_image()
+            assert aligned.shape == (height, width)
+            assert aligned.sum() == pytest.approx(1, abs=1e-3)
+            found = [(aligned.sum(axis=1) * np.arange(height)).sum(), (aligned.sum(axis=0) * np.arange(width)).sum()]
+            # The spot lies in the patch or patches that are looked at, whose center is at most one patch away
+            patch = np.array(region.size) / grid
+            assert (np.abs(np.array(found) - center) <= patch).all(), (found, center, patch)
+            # None is lost on patches further away than the resizing smears the spot
+            near = patch + 4 * np.array(region.size) / shape[-2:]
+            top, left = np.maximum(np.floor(np.array([rows.min(), columns.min()]) - near), 0).astype(int)
+            bottom, right = np.ceil(np.array([rows.max(), columns.max()]) + near).astype(int)
+            assert aligned[top : bottom + 1, left : right + 1].sum() > 0.999
+            smooth = attention.on_image(smooth=True)
+            row, column = np.unravel_index(smooth.argmax(), smooth.shape)
+            assert (np.abs(np.array([row, column]) - center) <= patch + 1).all()
+
+
+def test_a_patch_of_an_image_of_native_size_covers_its_own_pixels(small_config):
+    model = make_bright_seeker(small_config)
+    processor = make_processor(do_resize=False, image_mean=[0, 0, 0], image_std=[1, 1, 1])
+    pixels = np.zeros((36, 36, 3), dtype=np.uint8)
+    pixels[12:18, 24:30] = 255
+    aligned = AttentionMaps(model, processor, PIL.Image.fromarray(pixels)).self_attention(0).on_image()
+    assert np.allclose(aligned, pixels[..., 0] / 255 / 36, atol=1e-6)
+
+
+def test_scaled_copy_has_the_same_shares(model):
+    attention = AttentionMaps(model, make_processor(), make_image()).rollout()
+    whole = attention.on_image()
+    half = attention.on_image(image_size=(22, 25))
+    assert np.allclose(half, whole.reshape(22, 2, 25, 2).sum(axis=(1, 3)), atol=1e-9)
+
+
+def test_smooth_maps_keep_constants_and_order():
+    region = SeenRegion((50, 70), (4.5, 10.0), (40.0, 50.0))
+    ones = region.align(np.ones((4, 5)), smooth=True)
+    assert np.allclose(ones, region.align(np.ones((4, 5))))
+    assert (
+        ones[:4].max() == 0 and np.allclose(ones[5:44, 10:60], 1) and np.allclose(ones[4], np.where(ones[5], 0.5, 0))
+    )
+    ramp = region.align(np.arange(5.0)[None].repeat(4, axis=0), smooth=True)
+    # Splines keep what is linear; at the edges there is nothing to continue with
+    assert np.allclose(ramp[20, 25:45], (np.arange(15, 35) + 0.5) / 10 - 0.5)
+    assert (np.diff(ramp[20, 10:60]) >= -1e-9).all()
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_model_is_left_as_it_was(small_config, implementation, training):
+    small_config.hidden_dropout_prob = small_config.attention_probs_dropout_prob = 0.5
+    model = make_model(small_config).train(training)
+    model.set_attn_implementation(implementation)
+    first = AttentionMaps(model, make_processor(), make_image())
+    second = AttentionMaps(model, make_processor(), make_image())
+    assert total(first.self_attention(0)) == pytest.approx(1, abs=ROW_TOLERANCE)  # which dropout would change
+    assert torch.equal(first.outputs.logits, second.outputs.logits)
+    assert model.training == training and model.config._attn_implementation == implementation
+    assert not first.outputs.logits.requires_grad
+    model.crossvit.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        AttentionMaps(model, make_processor(), make_image())
+    assert model.training == training and model.config._attn_implementation == implementation
+
+
+@pytest.mark.parametrize(
+    "method, arguments, message",
+    [
+        ("self_attention", {"branch": 2}, "`branch` must be one of the 2, from 0, got 2"),
+        ("self_attention", {"branch": -3}, "got -3"),
+        ("self_attention", {"branch": 0, "stage": 2}, "`stage` must be one of the 2, from 0, got 2"),
+        (
+            "self_attention",
+            {"branch": 0, "stage": 0, "layer": 1},
+            "the 1 in branch 0 of stage 0, from 0, got 1",
+        ),
+        ("self_attention", {"branch": 1, "head": 4}, "`head` must be one of the 4, from 0, got 4"),
+        ("self_attention", {"branch": 1, "token": 17}, "`token` must be one of the 17, from 0, got 17"),
+        ("cross_attention", {"branch": 5}, "`branch`"),
+        ("cross_attention", {"branch": 0, "stage": -3}, "`stage`"),
+        ("cross_attention", {"branch": 0, "head": 4}, "`head`"),
+        ("rollout", {"branch": 2}, "`branch`"),
+    ],
+)
+def test_what_is_not_there_is_named(model, method, arguments, message):
+    maps = AttentionMaps(model, make_processor(), make_image())
+    with pytest.raises(ValueError, match=message):
+        getattr(maps, method)(**arguments)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (2000, 3)])
+def test_extreme_images(model, size):
+    maps = AttentionMaps(model, make_processor(), PIL.Image.new("L", size, 200))
+    for attention in (maps.self_attention(0), maps.cross_attention(1), maps.rollout()):
+        on_patches = sum(shares.sum() for shares in attention.patches.values())
+        assert attention.on_image().shape == (size[1], size[0])
+        assert attention.on_image().sum() == pytest.approx(on_patches, abs=1e-9)
+        assert np.isfinite(attention.on_image(smooth=True)).all()
+
+
+def test_photos_are_turned_upright_as_in_pipelines(model, tmp_path):
+    image = make_image(60, 44)
+    exif = PIL.Image.Exif()
+    exif[274] = 6  # turn by 90 degrees clockwise
+    image.save(tmp_path / "photo.png", exif=exif)
+    maps = AttentionMaps(model, make_processor(), str(tmp_path / "photo.png"))
+    upright = AttentionMaps(model, make_processor(), image.transpose(PIL.Image.Transpose.ROTATE_270))
+    assert maps.image.size == (44, 60)
+    assert np.array_equal(maps.rollout().on_image(), upright.rollout().on_image())
+
+
+def test_base_and_adapted_models_have_maps_too(model):
+    from peft import LoraConfig, get_peft_model
+
+    image, processor = make_image(), make_processor()
+    expected = AttentionMaps(model, processor, image).rollout().on_image()
+    assert np.array_equal(AttentionMaps(model.crossvit, processor, image).rollout().on_image(), expected)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["qkv", "k_proj"]))  # which starts as no change
+    assert np.allclose(AttentionMaps(adapted, processor, image).rollout().on_image(), expected, atol=1e-6)
