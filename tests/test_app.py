@@ -1,0 +1,218 @@
+"""The page to try a model on, in a headless Chromium, as its visitors see it."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from examples_in_process import EXAMPLES
+from timm_reference import perturb
+
+from crossvit import CrossViTForImageClassification, CrossViTImageProcessor
+
+
+pytestmark = pytest.mark.app
+TIMEOUT = 30_000  # milliseconds, of what takes one or two seconds on idle cores
+# Without what looks for updates, a new browser does not reach for the network
+CHROMIUM_OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+
+
+@pytest.fixture
+def checkpoint(small_config, tmp_path) -> Path:
+    small_config.id2label = {number: f"class <{number}>" for number in range(5)}
+    perturb(CrossViTForImageClassification(small_config)).save_pretrained(tmp_path / "checkpoint")
+    processor = CrossViTImageProcessor(size={"shortest_edge": 36}, crop_size={"height": 36, "width": 36})
+    processor.save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+@pytest.fixture
+def images(tmp_path) -> list[Path]:
+    """Pictures of different colors and shapes, large enough to be seen."""
+    files = []
+    for number, size in enumerate(((300, 200), (120, 240), (90, 90))):
+        pixels = np.random.default_rng(number).integers(0, 256, (size[1] // 10, size[0] // 10, 3), dtype=np.uint8)
+        files.append(tmp_path / f"image {number}.png")
+        PIL.Image.fromarray(pixels).resize(size, PIL.Image.Resampling.NEAREST).save(files[-1])
+    return files
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """Starts the page and returns its address and process."""
+    processes = []
+
+    def start(script: Path, *arguments) -> tuple[str, subprocess.Popen]:
+        port = free_port()
+        (tmp_path / "uploads").mkdir(exist_ok=True)
+        process = subprocess.Popen(
+            [sys.executable, script, "--port", str(port), *map(str, arguments)],
+            cwd=tmp_path,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "GRADIO_TEMP_DIR": str(tmp_path / "uploads")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        processes.append(process)
+        for line in process.stdout:
+            if "Running on local URL" in line:
+                return f"http://127.0.0.1:{port}", process
+        raise AssertionError("the page did not start")
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright  # which the other tests do without
+
+    executable = shutil.which("chromium") or shutil.which("google-chrome")
+    assert executable, "install Chromium (chromium of Debian or Ubuntu)"
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=executable, args=CHROMIUM_OPTIONS)
+        yield browser
+        browser.close()
+
+
+def visit(browser, address: str):
+    page = browser.new_page()
+    page.set_default_timeout(TIMEOUT)
+    page.goto(address)
+    page.wait_for_selector("#upload input[type=file]", state="attached")
+    return page
+
+
+def upload(page, file: Path) -> None:
+    page.locator("#upload input[type=file]").set_input_files(file)
+
+
+def sources(page) -> list[str]:
+    page.wait_for_selector("#maps img")
+    return page.eval_on_selector_all("#maps img", "images => images.map(image => image.src)")
+
+
+def wait_for_other_maps(page, before: list[str]) -> list[str]:
+    end = time.monotonic() + TIMEOUT / 1000
+    while (now := sources(page)) == before:
+        assert time.monotonic() < end, "the maps stay the same"
+        time.sleep(0.1)
+    return now
+
+
+def set_slider(page, name: str, value: int) -> None:
+    number = page.locator(f"#{name} input[type=number]")
+    number.fill(str(value))
+    number.press("Enter")
+
+
+def test_page_shows_labels_and_maps_and_refuses_what_is_no_image(serve, browser, checkpoint, images, tmp_path):
+    address, process = serve(EXAMPLES / "app.py", "--model", checkpoint, "--max_megabytes", "0.5", "--keep_seconds", 2)
+    page = visit(browser, address)
+    problems = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+
+    upload(page, images[0])
+    first = sources(page)
+    # The image, the rollout, two branches at their patches and on their visits
+    assert len(first) == len(set(first)) == 6
+    captions = page.locator("#maps figcaption").all_inner_texts()
+    assert captions[1:3] == ["Rollout over all stages", "Branch 0 at its 6x6 patches"]
+    labels = page.locator("#labels").inner_text()
+    assert len(set(re.findall(r"class <\d>", labels))) == 5 and "%" in labels
+
+    set_slider(page, "stage", 1)
+    earlier = wait_for_other_maps(page, first)
+    # The image and the rollout are of all stages
+    assert [one == other for one, other in zip(first, earlier)] == [True, True, False, False, False, False]
+    set_slider(page, "head", 2)
+    of_head = wait_for_other_maps(page, earlier)
+    assert [one == other for one, other in zip(earlier, of_head)] == [True, True, False, False, False, False]
+    page.screenshot(path=tmp_path / "page.png", full_page=True)
+
+    def refuse(name: str, content: bytes, message: str) -> None:
+        page.reload()
+        page.wait_for_selector("#upload input[type=file]", state="attached")
+        (tmp_path / name).write_bytes(content)
+        upload(page, tmp_path / name)
+        page.get_by_text(re.compile(message)).first.wait_for()
+        assert not page.locator("#maps img").count()
+
+    refuse("text.png", b"no image", "text.png: not an image")
+    refuse("cut.png", images[0].read_bytes()[:-60], "cannot be read as an image: cut.png")
+    refuse("notes.txt", b"no image", "Invalid file type|not an image|must be")
+    refuse("large.png", images[0].read_bytes() + bytes(600_000), "larger than 0.5 MB|exceed")
+
+    # It still works, and nothing of all this stays
+    page.reload()
+    upload(page, images[1])
+    assert len(sources(page)) == 6
+    end = time.monotonic() + 20
+    while kept := [file for file in (tmp_path / "uploads").rglob("*") if file.is_file() and file.stat().st_size]:
+        assert time.monotonic() < end, kept  # Gradio leaves files behind, which are empty
+        time.sleep(0.2)
+    before = sources(page)
+    set_slider(page, "stage", 1)
+    wait_for_other_maps(page, before)  # which need the file no more
+    assert not problems
+    page.close()
+
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode in (0, 130) and "Traceback" not in output, output
+
+
+def test_visitors_see_their_own_images_at_the_same_time(serve, browser, checkpoint, images):
+    address, _ = serve(EXAMPLES / "app.py", "--model", checkpoint)
+    pages = [visit(browser, address) for _ in images]
+    for page, image in zip(pages, images):
+        upload(page, image)
+    together = [sources(page) for page in pages]
+    assert len({source for maps in together for source in maps}) == 6 * len(images)
+    for maps, image in zip(together, images):
+        alone = visit(browser, address)
+        upload(alone, image)
+        assert sources(alone) == maps
+        alone.close()
+    for page in pages:
+        page.close()
+
+
+def test_space_runs_from_its_folder_alone(serve, browser, example, checkpoint, images, tmp_path):
+    space = tmp_path / "space"
+    status, output, errors = example("app", "--model", checkpoint, "--space", space)
+    assert status == 0 and str(space) in output, errors
+    names = {path.name for path in space.iterdir()}
+    assert names == {"README.md", "app.py", "crossvit", "model", "requirements.txt"}
+    card = (space / "README.md").read_text()
+    assert card.startswith("---\ntitle: ") and "sdk: gradio" in card and "app_file: app.py" in card
+    requirements = (space / "requirements.txt").read_text()
+    assert "transformers<6,>=5.4" in requirements and "extra" not in requirements and "matplotlib" in requirements
+    shutil.rmtree(checkpoint)
+
+    address, _ = serve(space / "app.py")
+    page = visit(browser, address)
+    upload(page, images[0])
+    assert len(sources(page)) == 6
+    page.close()
+
+    status, _, errors = example("app", "--model", space / "model", "--space", space)
+    assert status == 1 and f"--space {space}: is not empty" in errors
+    status, _, errors = example("app", "--model", tmp_path / "typo")
+    assert status == 1 and "typo: no CrossViT in such a folder or on the Hub" in errors
