@@ -309,9 +309,9 @@ def read_tensors(path: Path, entry: str | None = None) -> tuple[dict[str, torch.
             f"{path.name} is neither a file of safetensors nor one of torch.save: it is {size} bytes long and begins"
             f" with {magic[:16]!r}"
         )
-    check_values(tensors)
     if sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) > size:
         raise ConversionError(f"{path.name} claims more weights than its {size} bytes can hold")
+    check_values(tensors)
     return tensors, entry
 
 
