@@ -13,8 +13,11 @@
 # limitations under the License.
 """Draws what a CrossViT takes an image for, and where it looks: each branch, each fusion, and the rollout of all.
 
-python examples/explain.py photo.jpg --model my-crossvit   # a folder or a model of the Hub
-python examples/explain.py digit.png                       # the quickstart's model, which is trained if need be
+    python examples/explain.py photo.jpg --model my-crossvit   # a folder or a model of the Hub
+    python examples/explain.py digit.png                       # the quickstart's model, which is trained if need be
+
+Maps are of the last layer of each branch in each stage, and the means of all heads; `crossvit.attention_maps` has the
+others.
 """
 
 import signal

@@ -50,7 +50,7 @@ from crossvit.plotting import BLUE, ORANGE, Picture, draw_rows, save_figure
 
 QUICKSTART_SCRIPT = Path(__file__).with_name("quickstart.py")
 MAX_ROWS = 8  # of the picture
-THUMBNAIL = (240, 240)
+THUMBNAIL = (240, 240)  # pixels, at most
 
 
 def list_images(folder: str) -> datasets.Dataset:
@@ -94,11 +94,27 @@ class Embedder:
     def __init__(self, model: Any, processor: Any):
         self.model, self.processor = model.eval().base_model, processor
 
+    def process(self, image: PIL.Image.Image) -> torch.Tensor:
+        return self.processor(image, return_tensors="pt").pixel_values
+
     @torch.inference_mode()
-    def __call__(self, images: list[PIL.Image.Image]) -> np.ndarray:
-        pixel_values = torch.cat([self.processor(image, return_tensors="pt").pixel_values for image in images])
-        embeddings = self.model(pixel_values.to(self.model.device, self.model.dtype)).pooler_output.float()
-        return torch.nn.functional.normalize(embeddings).cpu().numpy()
+    def __call__(self, pixel_values: list[torch.Tensor]) -> np.ndarray:
+        if any(tensor.shape != pixel_values[0].shape for tensor in pixel_values):
+            raise CommandError("the image processor must make images of one size: set `do_center_crop`")
+        batch = torch.cat(pixel_values).to(self.model.device, self.model.dtype)
+        return torch.nn.functional.normalize(self.model(batch).pooler_output.float()).cpu().numpy()
+
+    def embed_rows(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """Rows of encoded images; one that cannot be read has an error instead of an embedding."""
+        pixel_values, errors = [], []
+        for path, content in zip(rows["path"], rows["bytes"]):
+            try:
+                pixel_values.append(self.process(read_image({"path": path, "bytes": content})))
+                errors.append("")
+            except ImageDatasetError as error:
+                errors.append(str(error))
+        embeddings = iter(self(pixel_values).tolist() if pixel_values else [])
+        return {"embedding": [None if error else next(embeddings) for error in errors], "error": errors}
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(repr(self.processor.to_dict()).encode())
@@ -106,24 +122,20 @@ class Embedder:
             digest.update(tensor.cpu().view(torch.uint8).numpy())
         return digest.hexdigest()
 
-    def embed_rows(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """Rows of encoded images; one that cannot be read has an error and an embedding of zeros."""
-        images, errors = [], []
-        for path, content in zip(rows["path"], rows["bytes"]):
-            try:
-                images.append(read_image({"path": path, "bytes": content}))
-                errors.append("")
-            except ImageDatasetError as error:
-                images.append(PIL.Image.new("RGB", (64, 64)))
-                errors.append(str(error))
-        return {"embedding": list(self(images)), "error": errors}
-
 
 def index_images(images: datasets.Dataset, embed: Embedder, batch_size: int) -> datasets.Dataset:
     """The images that can be read, with their embeddings."""
     fingerprint = hashlib.sha256(f"{images._fingerprint} {embed.fingerprint()}".encode()).hexdigest()[:32]
+    features = datasets.Features(
+        {**images.features, "embedding": datasets.List(datasets.Value("float32")), "error": datasets.Value("string")}
+    )
     images = images.map(
-        embed.embed_rows, batched=True, batch_size=batch_size, new_fingerprint=fingerprint, desc="Embedding"
+        embed.embed_rows,
+        batched=True,
+        batch_size=batch_size,
+        features=features,
+        new_fingerprint=fingerprint,
+        desc="Embedding",
     )
     for error in filter(None, images["error"]):
         print(f"left out: {error}")
@@ -131,6 +143,15 @@ def index_images(images: datasets.Dataset, embed: Embedder, batch_size: int) -> 
     if len(images) < 2:
         raise CommandError("fewer than two images that can be read: nothing to compare")
     return images
+
+
+def thumbnail(image: PIL.Image.Image) -> PIL.Image.Image:
+    image.thumbnail(THUMBNAIL)
+    return image
+
+
+def name_of(path: str) -> str:
+    return Path(path).name[-24:]
 
 
 def precision(labels: np.ndarray, nearest: np.ndarray) -> float:
@@ -156,37 +177,37 @@ def main() -> None:
     model, processor = load_checkpoint(args.model or quickstart_model(QUICKSTART_SCRIPT))
     embed = Embedder(model, processor)
     images = index_images(images, embed, args.batch_size)
-    embeddings, labels = np.array(images["embedding"], dtype=np.float32), np.array(images["label"])
-    neighbors = NearestNeighbors(n_neighbors=min(args.nearest, len(images) - 1), metric="cosine").fit(embeddings)
-    has_classes = len(set(labels)) > 1
+    labels = np.array(images["label"])
+    neighbors = NearestNeighbors(n_neighbors=min(args.nearest, len(images) - 1), metric="cosine")
+    neighbors.fit(np.array(images["embedding"]))
 
     if queries:
-        distances, nearest = neighbors.kneighbors(np.concatenate([embed([query]) for query in queries]))
-        rows = [[Picture(query, Path(path).name[-24:])] for query, path in zip(queries, args.query)]
-        expected = [None] * len(queries)
+        distances, nearest = neighbors.kneighbors(np.concatenate([embed([embed.process(query)]) for query in queries]))
+        for path, row in zip(args.query, nearest):
+            print(path, *(images[number]["path"] for number in row.tolist()), sep="  ")
+        first = [Picture(thumbnail(query), name_of(path)) for query, path in zip(queries, args.query)][:MAX_ROWS]
+        shown, expected = list(range(len(first))), [None] * len(first)
     else:
         distances, nearest = neighbors.kneighbors()  # of each image among the others
-        if has_classes:
+        shown = np.linspace(0, len(images) - 1, min(MAX_ROWS, len(images))).astype(int).tolist()
+        first = [Picture(thumbnail(read_image(images[row])), name_of(images[row]["path"])) for row in shown]
+        expected = [None] * len(first)
+        if len(set(labels)) > 1:
+            expected = labels[shown].tolist()
             print(
                 f"{precision(labels, nearest):.1%} of the {nearest.shape[1]} nearest images of {len(images):,} images"
                 " are of the same class"
             )
-        shown = np.linspace(0, len(images) - 1, min(MAX_ROWS, len(images))).astype(int)
-        distances, nearest = distances[shown], nearest[shown]
-        rows = [[Picture(read_image(images[row]), images[row]["path"][-24:])] for row in shown.tolist()]
-        expected = labels[shown].tolist()
 
-    for row, label, row_distances, row_nearest in zip(rows, expected, distances, nearest):
-        for distance, number in zip(row_distances, row_nearest.tolist()):
-            name = images[number]["path"]
-            color = None if label is None or not has_classes else BLUE if labels[number] == label else ORANGE
-            row.append(
-                Picture(read_image(images[number]), f"{Path(name).name[-24:]}\ncosine {1 - distance:.3f}", color=color)
-            )
-    save_figure(draw_rows(rows[:MAX_ROWS]), args.output)
-    for path, row_nearest in zip(args.query, nearest):
-        print(path, *(images[number]["path"] for number in row_nearest.tolist()), sep="  ")
-    print(f"Drew {len(rows[:MAX_ROWS])} images and their nearest in {args.output}")
+    rows = []
+    for picture, row, label in zip(first, shown, expected):
+        rows.append([picture])
+        for distance, number in zip(distances[row], nearest[row].tolist()):
+            title = f"{name_of(images[number]['path'])}\ncosine {1 - distance:.3f}"
+            color = label and (BLUE if labels[number] == label else ORANGE)
+            rows[-1].append(Picture(thumbnail(read_image(images[number])), title, color=color))
+    save_figure(draw_rows(rows), args.output)
+    print(f"Drew {len(rows)} images and their nearest in {args.output}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,13 @@ import pytest
 import torch
 from timm_reference import perturb
 
-from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor, CrossViTImageProcessorPil
+from crossvit import (
+    CrossViTBackbone,
+    CrossViTConfig,
+    CrossViTForImageClassification,
+    CrossViTImageProcessor,
+    CrossViTImageProcessorPil,
+)
 from crossvit.attention_maps import AttentionMaps, SeenRegion
 
 
@@ -335,6 +341,11 @@ def test_what_is_not_there_is_named(model, method, arguments, message):
     maps = AttentionMaps(model, make_processor(), make_image())
     with pytest.raises(ValueError, match=message):
         getattr(maps, method)(**arguments)
+
+
+def test_backbone_is_refused(small_config):
+    with pytest.raises(TypeError, match="got a CrossViTBackbone"):
+        AttentionMaps(CrossViTBackbone(small_config), make_processor(), make_image())
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (2000, 3)])

@@ -149,6 +149,9 @@ class AttentionMaps:
         image (`PIL.Image.Image` or `str`): or its path or URL. Turned upright by its EXIF orientation as in pipelines.
         interpolate_pos_encoding (`bool`, *optional*, defaults to `False`): as in [`CrossViTModel`].
 
+    Raises:
+        `TypeError`: for a model of another class.
+
     Attributes:
         image (`PIL.Image.Image`): upright and in RGB.
         outputs (`ModelOutput`): of the model, with the logits.
@@ -167,6 +170,12 @@ class AttentionMaps:
                 interpolate_pos_encoding=interpolate_pos_encoding,
                 output_attentions=True,
                 return_dict=True,
+            )
+
+        if getattr(self.outputs, "cross_attentions", None) is None:
+            raise TypeError(
+                "The model must be a CrossViTForImageClassification or a CrossViTModel, which return the attention of"
+                f" their fusions, got a {type(model).__name__}."
             )
 
         height, width = pixel_values.shape[-2:]
