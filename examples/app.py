@@ -80,6 +80,12 @@ The folder `crossvit` is CrossViT for Transformers, `model` a model of it. The p
 """
 
 
+def refuse(message: str) -> tuple[None, None]:
+    """Says why, and clears what is shown: an error would leave the maps of the image before."""
+    gr.Warning(message, title="Refused")
+    return None, None
+
+
 @dataclass
 class Explanation:
     """
@@ -110,11 +116,11 @@ class Explainer:
         if path is None:  # It was taken away
             return None, None
         if Path(path).stat().st_size > self.max_megabytes * 1e6:
-            raise gr.Error(f"The file is larger than {self.max_megabytes:g} MB.", print_exception=False)
+            return refuse(f"The file is larger than {self.max_megabytes:g} MB.")
         try:
             image = read_image({"bytes": Path(path).read_bytes(), "path": Path(path).name})
         except CommandError as error:
-            raise gr.Error(f"This file cannot be read as an image: {error}", print_exception=False) from error
+            return refuse(f"This file cannot be read as an image: {error}")
         maps = AttentionMaps(self.model, self.processor, image)
         scores = {entry["label"]: entry["score"] for entry in self.pipeline.postprocess(maps.outputs, top_k=5)}
         height, width = display_size(image)
@@ -179,8 +185,9 @@ def make_page(explainer: Explainer, keep_seconds: int) -> gr.Blocks:
                 upload = gr.File(
                     label=f"Image, at most {explainer.max_megabytes:g} MB", file_types=["image"], elem_id="upload"
                 )
+                stages = len(config.depth)
                 stage = gr.Slider(
-                    1, len(config.depth), value=len(config.depth), step=1, label="Stage", elem_id="stage"
+                    1, max(2, stages), value=stages, step=1, label="Stage", elem_id="stage", visible=stages > 1
                 )
                 head = gr.Slider(
                     0, min(config.num_heads), value=0, step=1, label="Head (0: the mean of all)", elem_id="head"
@@ -233,6 +240,8 @@ def main() -> None:
         "--space", type=Path, metavar="FOLDER", help="write a Space there instead of starting the page"
     )
     args = parser.parse_args()
+    if args.max_megabytes <= 0 or args.keep_seconds < 1:
+        raise CommandError(f"--max_megabytes {args.max_megabytes:g} --keep_seconds {args.keep_seconds}: not so little")
     logging.disable_progress_bar()
     PIL.Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # twice as many are refused
 

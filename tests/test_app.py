@@ -26,7 +26,9 @@ CHROMIUM_OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-netwo
 
 
 @pytest.fixture
-def checkpoint(small_config, tmp_path) -> Path:
+def checkpoint(request, small_config, tmp_path) -> Path:
+    """Of two stages, or as many as the test asks for."""
+    small_config.depth = small_config.depth[: getattr(request, "param", 2)]
     small_config.id2label = {number: f"class <{number}>" for number in range(5)}
     perturb(CrossViTForImageClassification(small_config)).save_pretrained(tmp_path / "checkpoint")
     processor = CrossViTImageProcessor(size={"shortest_edge": 36}, crop_size={"height": 36, "width": 36})
@@ -147,12 +149,17 @@ def test_page_shows_labels_and_maps_and_refuses_what_is_no_image(serve, browser,
     page.screenshot(path=tmp_path / "page.png", full_page=True)
 
     def refuse(name: str, content: bytes, message: str) -> None:
+        """Instead of an image that is there, whose maps must not stay."""
         page.reload()
+        page.wait_for_selector("#upload input[type=file]", state="attached")
+        upload(page, images[0])
+        sources(page)
+        page.get_by_label("Clear").first.click()
         page.wait_for_selector("#upload input[type=file]", state="attached")
         (tmp_path / name).write_bytes(content)
         upload(page, tmp_path / name)
         page.get_by_text(re.compile(message)).first.wait_for()
-        assert not page.locator("#maps img").count()
+        page.wait_for_function("!document.querySelector('#maps img')")
 
     refuse("text.png", b"no image", "text.png: not an image")
     refuse("cut.png", images[0].read_bytes()[:-60], "cannot be read as an image: cut.png")
@@ -194,6 +201,7 @@ def test_visitors_see_their_own_images_at_the_same_time(serve, browser, checkpoi
         page.close()
 
 
+@pytest.mark.parametrize("checkpoint", [1], indirect=True, ids=["one stage"])
 def test_space_runs_from_its_folder_alone(serve, browser, example, checkpoint, images, tmp_path):
     space = tmp_path / "space"
     status, output, errors = example("app", "--model", checkpoint, "--space", space)
@@ -210,9 +218,12 @@ def test_space_runs_from_its_folder_alone(serve, browser, example, checkpoint, i
     page = visit(browser, address)
     upload(page, images[0])
     assert len(sources(page)) == 6
+    assert page.locator("#head").is_visible() and not page.locator("#stage").is_visible()
     page.close()
 
     status, _, errors = example("app", "--model", space / "model", "--space", space)
     assert status == 1 and f"--space {space}: is not empty" in errors
+    status, _, errors = example("app", "--max_megabytes", 0)
+    assert status == 1 and "--max_megabytes 0" in errors
     status, _, errors = example("app", "--model", tmp_path / "typo")
     assert status == 1 and "typo: no CrossViT in such a folder or on the Hub" in errors
