@@ -1,5 +1,7 @@
 """Attention maps: the right weights, exactly, and in the right place of the image."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -341,6 +343,17 @@ def test_what_is_not_there_is_named(model, method, arguments, message):
     maps = AttentionMaps(model, make_processor(), make_image())
     with pytest.raises(ValueError, match=message):
         getattr(maps, method)(**arguments)
+
+
+def test_threads_do_not_mix_their_maps(model):
+    model.set_attn_implementation("eager")
+    images = [make_image(40 + number, 44) for number in range(8)]
+    processor = make_processor()
+    expected = [AttentionMaps(model, processor, image).rollout().on_image() for image in images]
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(5):
+            maps = threads.map(lambda image: AttentionMaps(model, processor, image).rollout().on_image(), images)
+            assert all(np.array_equal(found, known) for found, known in zip(maps, expected))
 
 
 def test_backbone_is_refused(small_config):
