@@ -394,16 +394,16 @@ class CrossViTCrossAttention(CrossViTAttention):
         # (batch, 1, dim) -> (heads, batch, head_dim) -> (batch, heads, dim) -> (batch, heads, tokens)
         query_states = self.q_proj(hidden_states[:, :1]) * self.scaling
         query_states = query_states.flatten(1).unflatten(1, head_shape).transpose(0, 1)
-        absorbed_query = torch.matmul(query_states, key_weight).transpose(0, 1)
-        attn_weights = torch.matmul(absorbed_query, hidden_states.transpose(1, 2))
+        absorbed_query = torch.bmm(query_states, key_weight).transpose(0, 1)
+        attn_weights = torch.bmm(absorbed_query, hidden_states.transpose(1, 2))
         if self.k_proj.bias is not None:  # The softmax cancels it, but every parameter needs a gradient
             key_bias = self.k_proj.bias.unflatten(0, head_shape).unsqueeze(2)
-            attn_weights = attn_weights + torch.matmul(query_states, key_bias).transpose(0, 1)
+            attn_weights = attn_weights + torch.bmm(query_states, key_bias).transpose(0, 1)
         attn_weights = attn_weights.softmax(dim=-1)
 
         # (batch, heads, tokens) -> (heads, batch, dim) -> (heads, batch, head_dim) -> (batch, 1, dim)
-        mean_tokens = torch.matmul(attn_weights, hidden_states).transpose(0, 1)
-        attn_output = torch.matmul(mean_tokens, value_weight.transpose(1, 2))
+        mean_tokens = torch.bmm(attn_weights, hidden_states).transpose(0, 1)
+        attn_output = torch.bmm(mean_tokens, value_weight.transpose(1, 2))
         attn_output = attn_output.transpose(0, 1).flatten(1).unsqueeze(1)
         if self.v_proj.bias is not None:
             attn_output = attn_output + self.v_proj.bias
