@@ -234,10 +234,10 @@ class AttentionMaps:
         carried over to several branches: the tokens of all of them form one sequence, in which
 
         - a layer of a branch mixes the tokens of the branch: x <- (x + A x) / 2, and leaves the others as they are;
-        - a fusion mixes the class token c of a branch with the patches p of the next one as they were before any of
-          the fusions of the stage: c <- (c + a_0 c + sum_n a_n p_n) / 2. The projections to the other branch and back
-          change what a class token says, not where it is from, as MLPs do. Further cross-attention layers, where the
-          class token attends to itself alone, change nothing.
+        - a fusion mixes the class token c of a branch with the patches p of the next one:
+          c <- (c + a_0 c + sum_n a_n p_n) / 2. The projections to the other branch and back change what a class token
+          says, not where it is from, as MLPs do. Further cross-attention layers, where the class token attends to
+          itself alone, change nothing.
 
         Args:
             branch (`int`, *optional*): which class token; by default their mean, as logits are the mean of a head on
@@ -254,18 +254,17 @@ class AttentionMaps:
             for start, end, layers in zip(starts, ends, self_weights):
                 for weights in layers:
                     shares[start:end] = (shares[start:end] + of_head(weights, None) @ shares[start:end]) / 2
-            before = shares.copy()
-            for index, weights in enumerate(cross_weights):
+            for index, weights in enumerate(cross_weights):  # in any order: they change class tokens, and read patches
                 next_index = (index + 1) % len(starts)
-                visited = before[starts[next_index] : ends[next_index]].copy()
-                visited[0] = before[starts[index]]
-                shares[starts[index]] = (before[starts[index]] + of_head(weights, None)[0] @ visited) / 2
+                class_shares = shares[starts[index]]
+                visited = np.vstack((class_shares, shares[starts[next_index] + 1 : ends[next_index]]))
+                shares[starts[index]] = (class_shares + of_head(weights, None)[0] @ visited) / 2
 
-        class_shares = shares[starts].mean(axis=0) if branch is None else shares[pick("branch", branch, starts)]
+        result = shares[starts].mean(axis=0) if branch is None else shares[pick("branch", branch, starts)]
         branches = list(enumerate(zip(starts, ends, self.grid_sizes)))
         return AttentionMap(
-            {index: float(class_shares[start]) for index, (start, _, _) in branches},
-            {index: class_shares[start + 1 : end].reshape(grid) for index, (start, end, grid) in branches},
+            {index: float(result[start]) for index, (start, _, _) in branches},
+            {index: result[start + 1 : end].reshape(grid) for index, (start, end, grid) in branches},
             self.region,
         )
 
