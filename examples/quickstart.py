@@ -223,10 +223,13 @@ def classify(model_name: str, paths: list[str], output: Path) -> None:
         titles = ("", "") if rows else ("image", "prediction")
         row: list[Picture | Scores | None] = [Picture(image, titles[0], label=sample["title"][-20:])]
         row += [Scores(sample["prediction"], titles[1], sample["right"]), None]
-        for branch, (grid_rows, grid_columns) in enumerate(maps.grid_sizes):
-            attention = maps.self_attention(branch).on_image(smooth=True, image_size=display_size(image))
-            title = "" if rows else f"branch {branch}\n{grid_columns}x{grid_rows} patches"
-            row.append(Picture(overlay(image, attention), title))
+        for branch, grid_size in enumerate(maps.grid_sizes):
+            stages = [stage for stage, depths in enumerate(model.config.depth) if depths[branch] > 0]
+            if stages:  # The last in which the branch has layers
+                attention = maps.self_attention(branch, stages[-1])
+                values = attention.on_image(smooth=True, image_size=display_size(image))
+                title = "" if rows else "branch {}\n{}x{} patches".format(branch, *grid_size)
+                row.append(Picture(overlay(image, values), title))
         rows.append(row)
     figure = draw_rows(rows, heat="attention of the class token (1: the most in this image)")
     (output / "predictions.json").write_text(json.dumps(predictions, indent=2))

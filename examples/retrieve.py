@@ -125,7 +125,10 @@ class Embedder:
 
 def index_images(images: datasets.Dataset, embed: Embedder, batch_size: int) -> datasets.Dataset:
     """The images that can be read, with their embeddings."""
-    fingerprint = hashlib.sha256(f"{images._fingerprint} {embed.fingerprint()}".encode()).hexdigest()[:32]
+    # A cache file by name, as rows that come from no file have none of their own
+    content = hashlib.sha256(repr(images.to_dict()).encode()).hexdigest()
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "crossvit_embeddings"
+    cache.mkdir(parents=True, exist_ok=True)
     features = datasets.Features(
         {**images.features, "embedding": datasets.List(datasets.Value("float32")), "error": datasets.Value("string")}
     )
@@ -134,7 +137,7 @@ def index_images(images: datasets.Dataset, embed: Embedder, batch_size: int) -> 
         batched=True,
         batch_size=batch_size,
         features=features,
-        new_fingerprint=fingerprint,
+        cache_file_name=str(cache / f"{content[:32]}-{embed.fingerprint()[:32]}.arrow"),
         desc="Embedding",
     )
     for error in filter(None, images["error"]):

@@ -173,7 +173,7 @@ def main() -> None:
         eval_dataset=test_dataset,
         processing_class=processor,
         compute_metrics=mean_iou,
-        # Masks are a quarter of the logits, and what is compared
+        # Of the logits of all images, the best label of each pixel is kept alone
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(1).to(torch.uint8),
     )
     metrics = trainer.train().metrics | trainer.evaluate()

@@ -53,8 +53,7 @@ def test_grad_cam_is_what_its_paper_says(model, pixel_values, branch, grid):
     expected = torch.nn.functional.interpolate(expected[:, None], (36, 36), mode="bilinear")[:, 0].numpy()
     expected -= expected.min(axis=(1, 2), keepdims=True)
     expected /= expected.max(axis=(1, 2), keepdims=True)
-    assert np.abs(heat - expected).max() < 1e-2
-    assert np.corrcoef(heat.ravel(), expected.ravel())[0, 1] > 0.999
+    assert np.abs(heat - expected).max() < 1e-5  # 5e-7 were measured
 
 
 def test_grad_cam_of_both_branches_and_any_resolution(model):
@@ -123,5 +122,5 @@ def test_captum_integrated_gradients_add_up_to_the_difference_of_the_logits(mode
     attribution = IntegratedGradients(logits).attribute(pixel_values, baseline, target=3, n_steps=200)
     with torch.no_grad():
         expected = logits(pixel_values)[:, 3] - logits(baseline)[:, 3]
-    # The axiom of completeness; the sum over 200 steps was off by 1 % at most
-    torch.testing.assert_close(attribution.sum(dim=(1, 2, 3)).float(), expected, rtol=3e-2, atol=1e-3)
+    # The axiom of completeness: with 200 steps 7e-8 were measured, of 0.1
+    torch.testing.assert_close(attribution.sum(dim=(1, 2, 3)).float(), expected, rtol=0, atol=1e-5)

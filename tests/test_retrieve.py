@@ -11,7 +11,7 @@ import pytest
 import torch
 from examples_in_process import EXAMPLES, write_zoo
 
-from crossvit import CrossViTForImageClassification, CrossViTImageProcessor
+from crossvit import CrossViTForImageClassification, CrossViTImageProcessor, CrossViTModel
 
 
 @pytest.fixture
@@ -81,11 +81,15 @@ def test_what_cannot_be_read_is_named_and_left_out(retrieve, photos, tmp_path):
     assert output.count("left out: ") == 1 and "cut.png" in output and "12 images" in output
 
 
-def test_changed_images_and_weights_are_embedded_again(retrieve, photos, checkpoint):
+def test_changed_images_and_weights_alone_are_embedded_again(retrieve, photos, checkpoint, monkeypatch):
     query = photos / "red" / "3.png"
     options = ("--data", photos, "--query", query, "--nearest", 3)
     first = retrieve(*options)
+    calls = []
+    forward = CrossViTModel.forward
+    monkeypatch.setattr(CrossViTModel, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
     assert retrieve(*options) == first
+    assert len(calls) == 1  # for the query
     shutil.copy(photos / "blue" / "0.png", photos / "red" / "3.png")
     changed = retrieve(*options)
     assert "blue" in changed.splitlines()[0].split("  ")[1]

@@ -38,7 +38,7 @@ from torch import nn
 
 
 class LogitsModel(nn.Module):
-    """A classifier that returns its logits (batch_size, num_labels) alone; for all else it is the model."""
+    """A classifier that returns its logits (batch_size, num_labels) alone."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
