@@ -1,6 +1,5 @@
 """A converted checkpoint appears whole or not at all, and replaces nothing that it should not."""
 
-import resource
 import signal
 import subprocess
 import sys
@@ -125,19 +124,6 @@ def test_interrupted_conversions_leave_nothing(tmp_path, sent, status):
     process.send_signal(sent)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == status and "Traceback" not in errors, errors
-    assert [path.name for path in tmp_path.iterdir()] == ["source.safetensors"]
-
-
-def test_full_disks_leave_nothing(tmp_path):
-    save_file(small_timm().state_dict(), tmp_path / "source.safetensors")
-    size = (tmp_path / "source.safetensors").stat().st_size
-
-    def limit_file_size():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
-
-    process = start(tmp_path, tmp_path / "source.safetensors", tmp_path / "output", *HEADS, preexec_fn=limit_file_size)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1 and "Traceback" not in errors and "error: " in errors.splitlines()[-1], errors
     assert [path.name for path in tmp_path.iterdir()] == ["source.safetensors"]
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import itertools
 import json
 import os
 import re
@@ -32,7 +31,7 @@ from image_folders import (
 
 from crossvit.errors import CommandError, ImageDatasetError
 from crossvit.image_datasets import ImageSource, LabelledImages
-from crossvit.image_files import read_bytes, read_image
+from crossvit.image_files import read_image
 
 
 assert issubclass(ImageDatasetError, CommandError)
@@ -119,20 +118,6 @@ def test_sources_without_a_validation_split(source, write):
     held_out = images_by_color(images, "validation")
     assert len(held_out) == 3 and images_by_color(images, "train") | held_out == expected_images()
     assert "split 'validation'" in refused(source, streaming=True)
-
-
-@pytest.mark.parametrize("streaming", [False, True], ids=["disk", "stream"])
-@pytest.mark.parametrize("kind", ["folder", "saved", "parquet"])
-def test_images_stay_encoded_as_they_were(source, kind, streaming):
-    photo = encoded(PIL.Image.effect_noise((9, 7), 90).convert("RGB"), "JPEG", quality=30)
-    rows = image_rows([0, 1], images=[{"bytes": photo, "path": "photo.jpg"}] * 2)
-    if kind == "folder":
-        write_files(source, {f"{split}/{name}/photo.jpg": photo for split in ("train", "val") for name in CLASSES})
-    else:
-        {"saved": save_splits, "parquet": save_parquet}[kind](source, train=rows, validation=rows)
-    images = prepare(source, streaming=streaming)
-    for row in itertools.chain(*images.splits.values()):
-        assert read_bytes(row["image"]) == photo and row["image"]["path"].endswith("photo.jpg")
 
 
 def test_streams_see_validation_images_that_have_changed(source):

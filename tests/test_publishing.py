@@ -171,7 +171,8 @@ def test_published_checkpoint_is_the_folder_and_needs_no_package(hub, weights, i
     processor = CrossViTImageProcessor.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         expected = model(**processor(image, return_tensors="pt")).logits
-    assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), expected)
+    # The same weights elsewhere in memory may round otherwise: up to 3.6e-7 apart in models of this size
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt", weights_only=True), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
