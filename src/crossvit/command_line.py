@@ -24,10 +24,11 @@ from typing import Any
 import torch
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoImageProcessor, HfArgumentParser
+from transformers import HfArgumentParser
 
 from .configuration_crossvit import CrossViTConfig
 from .errors import CommandError
+from .image_processing_crossvit import CrossViTImageProcessor
 from .image_sizes import make_image_processor
 from .modeling_crossvit import CrossViTForImageClassification
 
@@ -59,12 +60,20 @@ def parse(parser: HfArgumentParser) -> tuple[Any, ...]:
         parser.error(reason(error))
 
 
+def read_config(name: str, **options) -> CrossViTConfig:
+    """The configuration of a CrossViT, in a checkpoint of this package or of timm."""
+    model_type = CrossViTConfig.get_config_dict(name)[0].get("model_type")
+    if model_type != CrossViTConfig.model_type:
+        raise ValueError(f"a {model_type!r}, not a CrossViT")
+    return CrossViTConfig.from_pretrained(name, **options)
+
+
 def load_checkpoint(name: str, dtype: Any = None, **options) -> tuple[CrossViTForImageClassification, Any]:
     """
     A classifier and its image processor.
 
     Args:
-        name (`str`): folder or repository on the Hub.
+        name (`str`): folder or repository on the Hub, of this package or of timm.
         dtype (`torch.dtype`, *optional*): of the weights; as saved by default.
         options (`dict[str, Any]`, *optional*): of the configuration.
 
@@ -72,11 +81,9 @@ def load_checkpoint(name: str, dtype: Any = None, **options) -> tuple[CrossViTFo
         `CommandError`: if there is no such CrossViT.
     """
     try:
-        config = AutoConfig.from_pretrained(name, **options)
-        if config.model_type != "crossvit":
-            raise ValueError(f"a {config.model_type!r}, not a CrossViT")
+        config = read_config(name, **options)
         model = CrossViTForImageClassification.from_pretrained(name, config=config, dtype=dtype or "auto")
-        return model, AutoImageProcessor.from_pretrained(name)
+        return model, CrossViTImageProcessor.from_pretrained(name)
     # Of many types: a typo, no network, a file that is missing, damaged or of another model
     except Exception as error:
         raise CommandError(f"{name}: no CrossViT in such a folder or on the Hub ({reason(error)})") from error
@@ -95,12 +102,14 @@ def load_config(name: str, **options) -> tuple[CrossViTConfig, Any]:
         `CommandError`: if there is no configuration of a CrossViT for RGB images.
     """
     try:
-        config = AutoConfig.from_pretrained(name, **options)
-        if config.model_type != "crossvit" or config.num_channels != 3:
-            raise ValueError(f"a {config.model_type!r} for images of {config.num_channels} channels")
+        config = read_config(name, **options)
+        if config.num_channels != 3:
+            raise ValueError(f"images of {config.num_channels} channels")
         config.validate_architecture()  # with the options, which come after its own validation
-        has_processor = (Path(name) / "preprocessor_config.json").is_file()
-        processor = AutoImageProcessor.from_pretrained(name) if has_processor else make_image_processor(config)
+        try:
+            processor = CrossViTImageProcessor.from_pretrained(name)
+        except OSError:
+            processor = make_image_processor(config)
     except Exception as error:  # of many types, as above
         raise CommandError(f"{name}: no configuration of a CrossViT for RGB images ({reason(error)})") from error
     config.name_or_path = ""  # the weights will come from nowhere

@@ -21,6 +21,8 @@ from huggingface_hub.dataclasses import strict
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
+from .timm_checkpoints import is_timm_config, read_model_config
+
 
 IntSequence = tuple[int, ...] | list[int]
 FloatSequence = tuple[float | int, ...] | list[float | int]
@@ -318,6 +320,14 @@ class CrossViTConfig(BackboneConfigMixin, PreTrainedConfig):
     def num_hidden_states(self) -> int:
         """`int`: the number of hidden states that a model returns, one per stage (the stem included) and branch."""
         return len(self.stage_names)
+
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As [`~PreTrainedConfig.get_config_dict`], also for the config.json of a timm checkpoint."""
+        config_dict, kwargs = super().get_config_dict(*args, **kwargs)
+        if is_timm_config(config_dict):
+            config_dict = read_model_config(config_dict)
+        return config_dict, kwargs
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()

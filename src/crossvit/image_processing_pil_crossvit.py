@@ -30,6 +30,8 @@ from transformers.image_utils import (
     is_valid_image,
 )
 
+from .timm_checkpoints import is_timm_config, read_image_processor_config
+
 
 if TYPE_CHECKING:
     # A checkpoint with its own code carries the files that relative imports name: with this line, both backends.
@@ -131,6 +133,19 @@ class CrossViTBaseImageProcessor(BaseImageProcessor):
         if do_convert_rgb:
             image = image[[0, 0, 0]] if image.shape[0] == 1 else image[:3]
         return image
+
+    @classmethod
+    def get_image_processor_dict(cls, *args, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As every image processor, also from the config.json of a timm checkpoint, which has no file of its own."""
+        try:
+            config, kwargs = super().get_image_processor_dict(*args, **kwargs)
+        except OSError as error:
+            config, kwargs = super().get_image_processor_dict(
+                *args, **{**kwargs, "image_processor_filename": "config.json"}
+            )
+            if not is_timm_config(config):
+                raise error
+        return (read_image_processor_config(config) if is_timm_config(config) else config), kwargs
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """As every image processor; a checkpoint that carries its code keeps it."""

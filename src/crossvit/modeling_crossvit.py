@@ -46,6 +46,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_crossvit import AUTO_MAP, CrossViTConfig, code_kept
+from .timm_checkpoints import KEY_MAPPING
 
 
 # Attention weights of as many bytes stay in the caches of current CPUs (measured with 2 MiB to 16 MiB)
@@ -676,8 +677,16 @@ class CrossViTPreTrainedModel(PreTrainedModel):
             init.trunc_normal_(module.cls_token, std=std)
             init.trunc_normal_(module.position_embeddings, std=std)
 
+    @classmethod
+    def from_pretrained(
+        cls, *args, key_mapping: dict[str, str] | None = KEY_MAPPING, **kwargs
+    ) -> "CrossViTPreTrainedModel":
+        """As [`~PreTrainedModel.from_pretrained`], also for the weights of timm and of the authors' code."""
+        return super().from_pretrained(*args, key_mapping=key_mapping, **kwargs)
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """As [`~PreTrainedModel.save_pretrained`]; a checkpoint that carries its code keeps it."""
+        kwargs["save_original_format"] = False  # Otherwise Transformers restores the names of a timm checkpoint
         class_names = {name.split(".")[-1]: auto_class for auto_class, name in AUTO_MAP.items()}
         auto_map = getattr(self.config, "auto_map", None)
         with code_kept(self, class_names.get(type(self).__name__), auto_map):
