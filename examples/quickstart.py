@@ -45,9 +45,6 @@ from sklearn.model_selection import train_test_split
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageClassification,
     EvalPrediction,
     Trainer,
     TrainingArguments,
@@ -58,6 +55,8 @@ from transformers.utils import logging
 
 from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
 from crossvit.attention_maps import AttentionMaps
+from crossvit.command_line import load_checkpoint
+from crossvit.errors import CommandError
 from crossvit.plotting import Picture, Scores, display_size, draw_rows, overlay, save_figure
 
 
@@ -179,17 +178,13 @@ def open_image(path: str) -> PIL.Image.Image:
 
 
 def load(name: str) -> tuple[Any, Any, Any]:
-    """The pipeline of a saved CrossViT, its image processor and its model, the latter with attention maps."""
+    """The pipeline of a saved CrossViT, its image processor and its model, which returns attention maps."""
     try:
-        config = AutoConfig.from_pretrained(name)
-        if config.model_type != "crossvit":
-            raise ValueError(f"a {config.model_type!r}, not a CrossViT")
-        processor = AutoImageProcessor.from_pretrained(name)
-        model = AutoModelForImageClassification.from_pretrained(name, attn_implementation="eager")
-        return pipeline("image-classification", model=name), processor, model
-    # Of many types: a typo, no network, a file that is missing, damaged or of another model
-    except Exception as error:
-        fail(f"--model {name}: no CrossViT in such a folder or on the Hub ({str(error).strip().splitlines()[0]})")
+        model, processor = load_checkpoint(name)
+    except CommandError as error:
+        fail(f"--model {error}")
+    model.set_attn_implementation("eager")
+    return pipeline("image-classification", model=model, image_processor=processor), processor, model
 
 
 def classify(model_name: str, paths: list[str], output: Path) -> None:
