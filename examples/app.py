@@ -39,15 +39,15 @@ from typing import Any
 
 import gradio as gr
 import PIL.Image
+from command_line import load_checkpoint, quickstart_model, run
 from transformers import ImageClassificationPipeline
 from transformers.utils import logging
 
 import crossvit
-from crossvit.attention_maps import AttentionMap, AttentionMaps
-from crossvit.command_line import load_checkpoint, quickstart_model, run
-from crossvit.errors import CommandError
-from crossvit.image_files import read_image
-from crossvit.plotting import display_size, overlay
+from crossvit.interpretability.attention_maps import AttentionMap, AttentionMaps
+from crossvit.interpretability.plotting import display_size, overlay
+from crossvit.training.errors import CommandError
+from crossvit.training.image_files import read_image
 
 
 SCRIPT = Path(__file__)
@@ -211,11 +211,12 @@ def make_page(explainer: Explainer, keep_seconds: int) -> gr.Blocks:
 
 
 def write_space(model: Any, processor: Any, folder: Path) -> None:
-    """A folder with all that a Space needs: this file, the package, the model, the requirements and the card."""
+    """A folder with all that a Space needs: this page, the package, the model, the requirements and the card."""
     if folder.exists() and any(folder.iterdir()):
         raise CommandError(f"--space {folder}: is not empty; name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(SCRIPT, folder / "app.py")
+    shutil.copy(SCRIPT.with_name("command_line.py"), folder)
     package = Path(crossvit.__file__).parent
     shutil.copytree(package, folder / "crossvit", ignore=shutil.ignore_patterns("__pycache__"))
     model.save_pretrained(folder / MODEL_OF_SPACE.name)

@@ -16,8 +16,7 @@
     python examples/explain.py photo.jpg --model my-crossvit   # a folder or a model of the Hub
     python examples/explain.py digit.png                       # the quickstart's model, which is trained if need be
 
-Maps are of the last layer of each branch in each stage, and the means of all heads; `crossvit.attention_maps` has the
-others.
+Maps are of the last layer of each branch in each stage, and the means of all heads; `AttentionMaps` has the others.
 """
 
 import signal
@@ -31,13 +30,13 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+from command_line import load_checkpoint, quickstart_model, run
 from transformers import ImageClassificationPipeline
 from transformers.utils import logging
 
-from crossvit.attention_maps import AttentionMap, AttentionMaps
-from crossvit.command_line import load_checkpoint, quickstart_model, run
-from crossvit.image_files import read_image
-from crossvit.plotting import Picture, Scores, display_size, draw_rows, overlay, save_figure
+from crossvit.interpretability.attention_maps import AttentionMap, AttentionMaps
+from crossvit.interpretability.plotting import Picture, Scores, display_size, draw_rows, overlay, save_figure
+from crossvit.training.image_files import read_image
 
 
 def explain(maps: AttentionMaps, scores: list[dict]) -> list[list[Picture | Scores | None]]:

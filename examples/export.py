@@ -22,12 +22,10 @@ them says how to run each. A float32 program whose logits are not the model's is
 """
 
 import signal
-import sys
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of imports without a trace
-    del sys.path[0]  # This folder, whose evaluate.py would hide the library of that name
 
 import contextlib
 import copy
@@ -50,14 +48,14 @@ from typing import Any
 import PIL.Image
 import torch
 import transformers
+from command_line import QUICKSTART, load_checkpoint, make_parser, parse, quickstart_model, reason, run
 
 from crossvit import CrossViTForImageClassification
-from crossvit.command_line import QUICKSTART, load_checkpoint, make_parser, parse, quickstart_model, reason, run
-from crossvit.errors import CommandError
-from crossvit.image_datasets import ImageSource, LabelledImages, match_classes
-from crossvit.image_files import check_labels, name_of, read_image
-from crossvit.resuming import LOCK_NAME
-from crossvit.training_run import exclusive
+from crossvit.training.errors import CommandError
+from crossvit.training.image_datasets import ImageSource, LabelledImages, match_classes
+from crossvit.training.image_files import check_labels, name_of, read_image
+from crossvit.training.resuming import LOCK_NAME
+from crossvit.training.training_run import exclusive
 
 
 try:

@@ -22,12 +22,10 @@ The same command goes on where it stopped. Options of Transformers' TrainingArgu
 """
 
 import signal
-import sys
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of imports without a trace
-    del sys.path[0]  # This folder, whose evaluate.py would hide the library of that name
 
 import copy
 from dataclasses import dataclass, field
@@ -35,16 +33,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import load_checkpoint, load_config, make_parser, parse, run
 from peft import LoraConfig, get_peft_model
 from transformers import TrainingArguments
 
 from crossvit import CrossViTForImageClassification
-from crossvit.augmentation import AugmentationArguments
-from crossvit.command_line import load_checkpoint, load_config, make_parser, parse, run
-from crossvit.errors import CommandError
-from crossvit.image_datasets import DataArguments, LabelledImages
-from crossvit.image_sizes import set_image_size
-from crossvit.training_run import TRAINING_DEFAULTS, finish, make_trainer, training_run
+from crossvit.training.augmentation import AugmentationArguments
+from crossvit.training.errors import CommandError
+from crossvit.training.image_datasets import DataArguments, LabelledImages
+from crossvit.training.image_sizes import set_image_size
+from crossvit.training.training_run import TRAINING_DEFAULTS, finish, make_trainer, training_run
 
 
 DEFAULTS = {

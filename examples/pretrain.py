@@ -21,12 +21,10 @@ the command, as are those of Transformers' TrainingArguments. The same command g
 """
 
 import signal
-import sys
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of imports without a trace
-    del sys.path[0]  # This folder, whose evaluate.py would hide the library of that name
 
 import json
 import math
@@ -37,14 +35,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import load_config, make_parser, parse, run
 from transformers import TrainingArguments
 
 from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
-from crossvit.augmentation import AugmentationArguments
-from crossvit.command_line import load_config, make_parser, parse, run
-from crossvit.errors import CommandError
-from crossvit.image_datasets import DataArguments
-from crossvit.training_run import TRAINING_DEFAULTS, finish, make_trainer, training_run
+from crossvit.training.augmentation import AugmentationArguments
+from crossvit.training.errors import CommandError
+from crossvit.training.image_datasets import DataArguments
+from crossvit.training.training_run import TRAINING_DEFAULTS, finish, make_trainer, training_run
 
 
 VARIANTS = Path(__file__).parents[1] / "conversion" / "variants.json"

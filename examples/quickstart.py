@@ -40,6 +40,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
+from command_line import load_checkpoint
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.utils.data import Dataset
@@ -54,10 +55,9 @@ from transformers import (
 from transformers.utils import logging
 
 from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
-from crossvit.attention_maps import AttentionMaps
-from crossvit.command_line import load_checkpoint
-from crossvit.errors import CommandError
-from crossvit.plotting import Picture, Scores, display_size, draw_rows, overlay, save_figure
+from crossvit.interpretability.attention_maps import AttentionMaps
+from crossvit.interpretability.plotting import Picture, Scores, display_size, draw_rows, overlay, save_figure
+from crossvit.training.errors import CommandError
 
 
 LABELS = [str(digit) for digit in range(10)]

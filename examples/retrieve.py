@@ -39,13 +39,13 @@ import datasets
 import numpy as np
 import PIL.Image
 import torch
+from command_line import load_checkpoint, quickstart_model, run
 from sklearn.neighbors import NearestNeighbors
 from transformers.utils import logging
 
-from crossvit.command_line import load_checkpoint, quickstart_model, run
-from crossvit.errors import CommandError, ImageDatasetError
-from crossvit.image_files import read_image
-from crossvit.plotting import BLUE, ORANGE, Picture, draw_rows, save_figure
+from crossvit.interpretability.plotting import BLUE, ORANGE, Picture, draw_rows, save_figure
+from crossvit.training.errors import CommandError, ImageDatasetError
+from crossvit.training.image_files import read_image
 
 
 QUICKSTART_SCRIPT = Path(__file__).with_name("quickstart.py")

@@ -33,6 +33,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import torch
+from command_line import run
 from torch.utils.data import Dataset
 from transformers import (
     EvalPrediction,
@@ -44,9 +45,8 @@ from transformers import (
 )
 
 from crossvit import CrossViTConfig, CrossViTImageProcessor
-from crossvit.command_line import run
-from crossvit.errors import CommandError
-from crossvit.plotting import Picture, draw_rows, save_figure
+from crossvit.interpretability.plotting import Picture, draw_rows, save_figure
+from crossvit.training.errors import CommandError
 
 
 LABELS = ["background", "circle", "square", "triangle"]

@@ -2,6 +2,7 @@
 
 import runpy
 import sys
+from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -23,5 +24,5 @@ def create_accelerator_for_fsdp(trainer):
 if __name__ == "__main__":
     Trainer.create_accelerator_and_postprocess = create_accelerator_for_fsdp
     del sys.argv[0]
-    sys.path[0] = ""  # not the folder of this script, as if the other one had been started
+    sys.path[0] = str(Path(sys.argv[0]).parent)  # as if that script had been started
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -15,7 +15,7 @@ from crossvit import (
     CrossViTImageProcessor,
     CrossViTImageProcessorPil,
 )
-from crossvit.attention_maps import AttentionMaps, SeenRegion
+from crossvit.interpretability.attention_maps import AttentionMaps, SeenRegion
 
 
 # Weights are rounded to float32 by the softmax: rows were off by 1.8e-7 at most

@@ -10,8 +10,8 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from timm_reference import perturb
 
 from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
-from crossvit.attention_maps import SeenRegion
-from crossvit.attribution import LogitsModel, TokensToMaps
+from crossvit.interpretability.attention_maps import SeenRegion
+from crossvit.interpretability.attribution import LogitsModel, TokensToMaps
 
 
 @pytest.fixture

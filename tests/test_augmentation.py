@@ -11,9 +11,9 @@ from image_folders import encoded, image_bytes
 from torchvision.transforms import v2
 
 from crossvit import CrossViTImageProcessor
-from crossvit.augmentation import AugmentationArguments, ImageCollator
-from crossvit.errors import ImageDatasetError
-from crossvit.image_files import read_image
+from crossvit.training.augmentation import AugmentationArguments, ImageCollator
+from crossvit.training.errors import ImageDatasetError
+from crossvit.training.image_files import read_image
 
 
 NOTHING = {"crop_scale": [1.0, 1.0], "horizontal_flip": 0.0}

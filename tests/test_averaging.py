@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from crossvit.averaging import ExponentialMovingAverage
+from crossvit.training.averaging import ExponentialMovingAverage
 
 
 @pytest.fixture

@@ -111,9 +111,9 @@ def test_two_processes_measure_as_one_does(finetune, example, zoo, tmp_path):
         command = ["--model", model, "--data", zoo, "--cpu", "--batch_size", "2", *options]
         command += ["--output", tmp_path / output]
         if output == "one.json":
-            assert example("evaluate", *command)[0] == 0
+            assert example("evaluate_checkpoint", *command)[0] == 0
         else:
-            torchrun(EXAMPLES / "evaluate.py", *command)
+            torchrun(EXAMPLES / "evaluate_checkpoint.py", *command)
         result = json.loads((tmp_path / output).read_text())
         results.append({name: result[name] for name in ("images", "unreadable", "top1", "top5", "f1")})
     assert results[0] == results[1] == results[2]

@@ -6,7 +6,7 @@ import pytest
 from timm_reference import perturb
 
 from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
-from crossvit.plotting import overlay
+from crossvit.interpretability.plotting import overlay
 
 
 def save_checkpoint(config, folder):

@@ -22,7 +22,7 @@ from examples_in_process import EXAMPLES, write_zoo
 from timm_reference import perturb
 
 from crossvit import CrossViTForImageClassification, CrossViTImageProcessor
-from crossvit.errors import CommandError
+from crossvit.training.errors import CommandError
 
 
 exporters = pytest.importorskip("transformers.exporters")

@@ -29,9 +29,9 @@ from image_folders import (
     write_images,
 )
 
-from crossvit.errors import CommandError, ImageDatasetError
-from crossvit.image_datasets import ImageSource, LabelledImages
-from crossvit.image_files import read_image
+from crossvit.training.errors import CommandError, ImageDatasetError
+from crossvit.training.image_datasets import ImageSource, LabelledImages
+from crossvit.training.image_files import read_image
 
 
 assert issubclass(ImageDatasetError, CommandError)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from crossvit import CrossViTForImageClassification, CrossViTImageProcessor
-from crossvit.image_sizes import make_image_processor, set_image_size
+from crossvit.training.image_sizes import make_image_processor, set_image_size
 
 
 # Branches of 36 and 32 pixels, in patches of 6 and 8

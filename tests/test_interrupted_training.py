@@ -16,7 +16,7 @@ NEVER = 10**9
 def context():
     """Processes that need not import everything first."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["crossvit.training_run", "examples_in_process", "peft"])
+    context.set_forkserver_preload(["crossvit.training.training_run", "examples_in_process", "peft"])
     return context
 
 

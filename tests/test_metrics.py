@@ -10,8 +10,8 @@ import torch
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from crossvit import CrossViTForImageClassification
-from crossvit.metrics import MultiLabelMetric, SingleLabelMetric, confusion_matrix
-from crossvit.plotting import draw_confusion_matrix
+from crossvit.interpretability.plotting import draw_confusion_matrix
+from crossvit.training.metrics import MultiLabelMetric, SingleLabelMetric, confusion_matrix
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from sklearn.model_selection import train_test_split
 from transformers import TrainingArguments
 
 from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
-from crossvit.trainer import CrossViTTrainer
+from crossvit.training.trainer import CrossViTTrainer
 
 
 TINY = ["--use_cpu", "--disable_tqdm", "true", "--report_to", "none", "--logging_steps", "1"]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import TrainingArguments
 
-from crossvit.errors import CommandError, ResumeError
-from crossvit.resuming import is_complete, last_complete_checkpoint, resume_point
+from crossvit.training.errors import CommandError, ResumeError
+from crossvit.training.resuming import is_complete, last_complete_checkpoint, resume_point
 
 
 FILES = {"model.safetensors": b"weights", "optimizer.pt": b"moments", "rank/rng_state.pth": b"numbers"}

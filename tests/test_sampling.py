@@ -9,8 +9,8 @@ import pytest
 import torch
 from accelerate.data_loader import IterableDatasetShard
 
-from crossvit.errors import CommandError
-from crossvit.sampling import AugmentationSampler, ImageDataset, ImageStream
+from crossvit.training.errors import CommandError
+from crossvit.training.sampling import AugmentationSampler, ImageDataset, ImageStream
 
 
 def make_rows(count: int) -> datasets.Dataset:

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback, TrainingArguments
 
 from crossvit import CrossViTForImageClassification
-from crossvit.trainer import CrossViTTrainer
+from crossvit.training.trainer import CrossViTTrainer
 
 
 CLASSES = ["ant", "bee", "cow", "dog", "elk"]

@@ -30,7 +30,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -678,9 +678,7 @@ class CrossViTPreTrainedModel(PreTrainedModel):
             init.trunc_normal_(module.position_embeddings, std=std)
 
     @classmethod
-    def from_pretrained(
-        cls, *args, key_mapping: dict[str, str] | None = KEY_MAPPING, **kwargs
-    ) -> "CrossViTPreTrainedModel":
+    def from_pretrained(cls, *args, key_mapping: dict[str, str] | None = KEY_MAPPING, **kwargs) -> Self:
         """As [`~PreTrainedModel.from_pretrained`], also for the weights of timm and of the authors' code."""
         return super().from_pretrained(*args, key_mapping=key_mapping, **kwargs)
 

@@ -184,7 +184,7 @@ def read_image_processor_config(config: dict[str, Any]) -> dict[str, Any]:
     return {
         "size": size,
         "crop_size": {"height": height, "width": width},
-        "resample": PILImageResampling[interpolation.upper()],
+        "resample": getattr(PILImageResampling, interpolation.upper()),
         "image_mean": per_channel(source["mean"], num_channels),
         "image_std": per_channel(source["std"], num_channels),
         "do_convert_rgb": num_channels == 3,

@@ -17,7 +17,7 @@ from pathlib import Path
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of imports without a trace
     TESTS = Path(__file__).resolve().parents[1]
-    sys.path[:1] = [str(TESTS), str(TESTS.parent / "conversion")]
+    sys.path[:1] = [str(TESTS), str(TESTS.parent / "conversion"), str(TESTS.parent / "examples")]
 
 import json
 import os
@@ -31,12 +31,12 @@ import torch
 from benchmarks.contenders import CONTENDERS, WEIGHTS_DTYPE, Cell
 from benchmarks.measuring import count_flops, find_largest_batch, machine, measure, measure_limits
 from benchmarks.report import describe, write_report
+from command_line import make_parser, parse, reason, run
 from timm_reference import timm_variant
 from transformers.utils import logging
 from variants import VARIANTS
 
-from crossvit.command_line import make_parser, parse, reason, run
-from crossvit.errors import CommandError
+from crossvit.training.errors import CommandError
 
 
 TASKS = ("inference", "training", "loading", "preprocessing")

@@ -207,7 +207,7 @@ def memory_in_child(name: str, cell: Cell) -> int | None:
     context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     if sys.platform == "linux":
         context.set_forkserver_preload(
-            ["timm", "crossvit.command_line", "transformers.models.timm_wrapper.modeling_timm_wrapper"]
+            ["timm", "command_line", "transformers.models.timm_wrapper.modeling_timm_wrapper"]
         )
     try:
         with ProcessPoolExecutor(1, context, end_quietly_on_interrupt) as executor:

@@ -26,7 +26,7 @@ def checkpoint(small_config, tmp_path):
 def measure(example, checkpoint, zoo, tmp_path):
     def run(*options, data=None, status=0) -> tuple[dict, str]:
         arguments = ["--model", checkpoint, "--data", data or zoo, "--cpu", "--output", tmp_path / "results.json"]
-        code, output, errors = example("evaluate", *arguments, *options)
+        code, output, errors = example("evaluate_checkpoint", *arguments, *options)
         assert code == status, errors
         if status:
             assert output == "" and "Traceback" not in errors

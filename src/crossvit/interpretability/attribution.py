@@ -28,7 +28,7 @@ heat = to_maps(tokens).sum(dim=1)  # (batch, rows, columns) of the patches of th
 pixels = IntegratedGradients(logits).attribute(pixel_values, target=label)
 ```
 
-`SeenRegion.align` of `crossvit.attention_maps` brings any of these to the pixels of the image.
+`SeenRegion.align` of `crossvit.interpretability.attention_maps` brings any of these to the pixels of the image.
 """
 
 from typing import Any

@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import Trainer
 from transformers.modelcard import TrainingSummary, make_markdown_table
 
-from .configuration_crossvit import CrossViTConfig
+from ..configuration_crossvit import CrossViTConfig
 
 
 USAGE = """\

@@ -26,11 +26,11 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
-from .configuration_crossvit import CrossViTConfig
-from .errors import CommandError
-from .image_processing_crossvit import CrossViTImageProcessor
-from .image_sizes import make_image_processor
-from .modeling_crossvit import CrossViTForImageClassification
+from crossvit.configuration_crossvit import CrossViTConfig
+from crossvit.image_processing_crossvit import CrossViTImageProcessor
+from crossvit.modeling_crossvit import CrossViTForImageClassification
+from crossvit.training.errors import CommandError
+from crossvit.training.image_sizes import make_image_processor
 
 
 QUICKSTART = Path("outputs/quickstart")

@@ -23,11 +23,11 @@ from filelock import FileLock, Timeout
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from ..interpretability.plotting import draw_confusion_matrix, save_figure
 from .augmentation import AugmentationArguments, ImageCollator
 from .errors import CommandError
 from .image_datasets import DataArguments, LabelledImages
 from .metrics import MultiLabelMetric, SingleLabelMetric, confusion_matrix
-from .plotting import draw_confusion_matrix, save_figure
 from .resuming import LOCK_NAME, resume_point
 from .sampling import ImageDataset, ImageStream
 from .trainer import CrossViTTrainer, order_seed

@@ -105,7 +105,7 @@ class AugmentationArguments:
 
 class ImageCollator:
     """
-    Makes a batch of rows of an [`~crossvit.sampling.ImageDataset`] or [`~crossvit.sampling.ImageStream`]:
+    Makes a batch of rows of an [`ImageDataset`] or [`ImageStream`]:
     those that were drawn for training are augmented, the others go through the image processor alone.
 
     An augmentation is a function of the seed, the epoch and the image (mixing: of the last image of the batch): the

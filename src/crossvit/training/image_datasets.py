@@ -14,7 +14,7 @@
 """
 Image data sets for training and evaluation: where they are read from, and what is wrong with them.
 
-Images stay encoded until an [`~crossvit.augmentation.ImageCollator`] needs them, so that a data set on disk and a
+Images stay encoded until an [`ImageCollator`] needs them, so that a data set on disk and a
 stream hold the same rows, and a process decodes its own part of a batch alone.
 """
 

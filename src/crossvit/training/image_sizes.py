@@ -15,8 +15,8 @@
 
 from typing import Any
 
-from .configuration_crossvit import CrossViTConfig
-from .image_processing_crossvit import CrossViTImageProcessor
+from ..configuration_crossvit import CrossViTConfig
+from ..image_processing_crossvit import CrossViTImageProcessor
 
 
 PAPER_EDGE, PAPER_CROP = 8, 7  # the paper's evaluation cuts 240 out of 274 pixels

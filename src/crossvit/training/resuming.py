@@ -46,7 +46,7 @@ WITHOUT_EFFECT = (
 
 def is_complete(checkpoint: Path) -> bool:
     """
-    Whether a checkpoint of a [`~crossvit.trainer.CrossViTTrainer`] has all that a run needs to go on: every file of
+    Whether a checkpoint of a [`CrossViTTrainer`] has all that a run needs to go on: every file of
     its list, and the Trainer's state, which is written last. What was being written or deleted when a process was
     killed lacks one of them.
     """

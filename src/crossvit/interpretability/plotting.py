@@ -27,7 +27,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
-from .errors import CommandError
+from ..training.errors import CommandError
 
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#BBBBBB"
@@ -41,7 +41,7 @@ def draw_confusion_matrix(matrix: np.ndarray, class_names: list[str]) -> Figure:
     A confusion matrix as a picture: the share of the images of a class, the row, by what they were taken for.
 
     Args:
-        matrix (`np.ndarray`): counts (classes, classes), of [`~crossvit.metrics.confusion_matrix`].
+        matrix (`np.ndarray`): counts (classes, classes), of [`confusion_matrix`].
         class_names (`list[str]`): of the rows and columns.
     """
     classes = len(class_names)
@@ -78,8 +78,8 @@ def overlay(image: PIL.Image.Image, values: np.ndarray) -> PIL.Image.Image:
 
     Args:
         image (`PIL.Image.Image`): is brought to the size of the values.
-        values (`np.ndarray`): (height, width), of [`~crossvit.attention_maps.AttentionMap.on_image`] or
-            [`~crossvit.attention_maps.SeenRegion.align`]; those below 0 count as 0.
+        values (`np.ndarray`): (height, width), of [`AttentionMap.on_image`] or
+            [`SeenRegion.align`]; those below 0 count as 0.
     """
     height, width = values.shape
     grey = np.asarray(image.convert("L").resize((width, height)), dtype=np.float32)[..., None] / 255

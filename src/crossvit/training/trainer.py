@@ -30,10 +30,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
+from ..modeling_crossvit import CrossViTForImageClassification
 from .averaging import ExponentialMovingAverage, check_decay
 from .errors import ResumeError
 from .model_card import write_model_card
-from .modeling_crossvit import CrossViTForImageClassification
 from .resuming import FILES_NAME
 from .sampling import AugmentationSampler, ImageDataset, ImageStream
 
@@ -49,17 +49,17 @@ class CrossViTTrainer(Trainer):
     - class tokens and position embeddings are not decayed, as in the reference;
     - labels may be probabilities, as mixup and cutmix make them, and label smoothing then works as well. The loss of
       any kind of labels is a mean over all images of a step, however they are spread over processes and accumulated;
-    - an [`~crossvit.sampling.ImageDataset`] is drawn by an
-      [`~crossvit.sampling.AugmentationSampler`], and a resumed
-      [`~crossvit.sampling.ImageStream`] passes over what it has shown without decoding it;
+    - an [`ImageDataset`] is drawn by an
+      [`AugmentationSampler`], and a resumed
+      [`ImageStream`] passes over what it has shown without decoding it;
     - on request, an exponential moving average of the weights is evaluated and saved;
-    - a checkpoint tells whether it is complete ([`~crossvit.resuming.last_complete_checkpoint`]), and a disk that
+    - a checkpoint tells whether it is complete ([`last_complete_checkpoint`]), and a disk that
       cannot hold it is noticed before the training;
     - the model card is right about weights that were loaded from a folder.
 
     Args:
         average_decay (`float`, *optional*):
-            Decay of the [`~crossvit.averaging.ExponentialMovingAverage`]; none by default.
+            Decay of the [`ExponentialMovingAverage`]; none by default.
         args, kwargs:
             As in [`~transformers.Trainer`].
     """
@@ -141,7 +141,7 @@ class CrossViTTrainer(Trainer):
         Writes README.md into `args.output_dir`. [`~transformers.Trainer.push_to_hub`] calls it with its own options.
 
         Args:
-            kwargs (`dict[str, Any]`, *optional*): as in [`~crossvit.model_card.write_model_card`].
+            kwargs (`dict[str, Any]`, *optional*): as in [`write_model_card`].
         """
         if not isinstance(self.accelerator.unwrap_model(self.model), CrossViTForImageClassification):
             super().create_model_card(**kwargs)  # adapters have a card of their own

@@ -13,19 +13,17 @@
 # limitations under the License.
 """Measures the accuracy of a CrossViT on labelled images: a folder, a saved data set or the Hub, streaming too.
 
-    python examples/evaluate.py --model checkpoints/crossvit_15 --data imagenet/val --dtype bfloat16
-    torchrun --nproc_per_node 8 examples/evaluate.py ...      # on several devices, with the same result
+    python examples/evaluate_checkpoint.py --model checkpoints/crossvit_15 --data imagenet/val --dtype bfloat16
+    torchrun --nproc_per_node 8 examples/evaluate_checkpoint.py ...      # on several devices, with the same result
 
 Images that cannot be read are named, counted and left out of the accuracy.
 """
 
 import signal
-import sys
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of imports without a trace
-    del sys.path[0]  # This folder, whose evaluate.py would hide the library of that name
 
 import json
 import os
@@ -39,16 +37,16 @@ import PIL.Image
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, gather_object
+from command_line import load_checkpoint, make_parser, parse, run
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from tqdm import tqdm
 
-from crossvit.command_line import load_checkpoint, make_parser, parse, run
-from crossvit.errors import CommandError, ImageDatasetError
-from crossvit.image_datasets import ImageSource, LabelledImages, match_classes
-from crossvit.image_files import check_labels, name_of, read_image
-from crossvit.metrics import SingleLabelMetric
-from crossvit.sampling import ImageDataset, ImageStream
+from crossvit.training.errors import CommandError, ImageDatasetError
+from crossvit.training.image_datasets import ImageSource, LabelledImages, match_classes
+from crossvit.training.image_files import check_labels, name_of, read_image
+from crossvit.training.metrics import SingleLabelMetric
+from crossvit.training.sampling import ImageDataset, ImageStream
 
 
 VARIANTS = Path(__file__).parents[1] / "conversion" / "variants.json"
