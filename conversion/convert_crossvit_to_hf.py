@@ -1,239 +1,359 @@
+# Copyright 2026 The CrossViT for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """
-Converts weights of the reference (IBM's, timm's, lucid-dl's) to a checkpoint of Transformers.
+Converts CrossViT weights of the authors' code or of timm to a checkpoint of Transformers. The logits are compared with
+those of timm's model first; nothing is written if they differ.
 
-    python conversion/convert_crossvit_to_hf.py crossvit_15 checkpoints/crossvit_15
-    python conversion/convert_crossvit_to_hf.py crossvit_15_224.pth checkpoints/crossvit_15
-    python conversion/convert_crossvit_to_hf.py output/checkpoint.pth my-model --labels classes.txt
-
-Nothing is written unless the logits equal the reference's. OUTPUT appears whole or not at all.
+    python conversion/convert_crossvit_to_hf.py crossvit_15 checkpoints/crossvit_15            # timm's, from the Hub
+    python conversion/convert_crossvit_to_hf.py crossvit_9_224.pth checkpoints/crossvit_9      # the authors'
+    python conversion/convert_crossvit_to_hf.py output/checkpoint.pth my-crossvit --entry model_ema --labels names.txt
+    python conversion/convert_crossvit_to_hf.py weights.safetensors my-crossvit --config config.json
+    python conversion/convert_crossvit_to_hf.py crossvit_15 checkpoints/crossvit_15 --verify   # repeats the comparison
 """
 
 import argparse
+import hashlib
 import json
-import math
-from collections import Counter
+import pickle
+import re
+import shutil
+import tempfile
+import zipfile
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import transformers
-from checkpoints import open_checkpoint, write_weights
-from commands import ConversionError, check_output, run, some, user_path, whole_folder
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from model_card import make_model_card
-from proof import check_differences, in_words, largest_differences
-from publishing import RECORD_NAME, Repository, add_repository_options
-from reference_checkpoint import ReferenceCheckpoint, add_reference_options, read_reference
-from sources import read_json
-from transformers.dynamic_module_utils import custom_object_save
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+from reference import (
+    VARIANTS,
+    ConversionError,
+    architecture_of,
+    create_timm_model,
+    find_variant,
+    in_short,
+    logits_differences,
+    run,
+    to_timm_name,
+)
+from safetensors.torch import load_file
+from transformers.utils import logging
 
 import crossvit
-from crossvit import CrossViTConfig, CrossViTImageProcessor
+from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
 from crossvit.configuration_crossvit import AUTO_MAP
 from crossvit.image_processing_pil_crossvit import REMOTE_CODE_CLASSES
+from crossvit.timm_checkpoints import is_timm_config, read_image_processor_config, read_model_config
+
+
+WEIGHTS_NAMES = ("model.safetensors", "pytorch_model.bin")
+RECORD_NAME = "conversion.json"
+
+
+@dataclass
+class Source:
+    """Where weights are, the config.json beside them, and what conversion.json says of them."""
+
+    weights: Path
+    config: Path | None
+    record: dict[str, str]
+
+
+def find_source(name: str, revision: str | None, downloads: Path) -> Source:
+    """
+    Finds the weights of a variant's name, a file, a folder, an https URL or a repository of the Hub, in this order.
+
+    Args:
+        name (`str`): the SOURCE of the command.
+        revision (`str`, *optional*): of a repository.
+        downloads (`Path`): the folder for what a URL leads to.
+    """
+    path = Path(name).expanduser()
+    if name not in VARIANTS and path.is_file():
+        return Source(path, None, {"file": path.name})
+    if name not in VARIANTS and path.is_dir():
+        found = [path / weights_name for weights_name in WEIGHTS_NAMES if (path / weights_name).is_file()]
+        if not found:
+            raise ConversionError(f"the folder {name} has neither {' nor '.join(WEIGHTS_NAMES)}")
+        config = path / "config.json"
+        return Source(found[0], config if config.is_file() else None, {"file": f"{path.name}/{found[0].name}"})
+    if name.startswith("https://"):
+        download = downloads / name.split("?")[0].split("/")[-1]
+        torch.hub.download_url_to_file(name, str(download))
+        return Source(download, None, {"url": name})
+
+    repo_id = VARIANTS[name]["timm_id"] if name in VARIANTS else name
+    if repo_id.count("/") != 1 or repo_id.startswith((".", "/", "~")):
+        raise ConversionError(
+            f"{name} is not a file, a folder, an https URL, a repository of the Hub or one of {', '.join(VARIANTS)}"
+        )
+    config = Path(hf_hub_download(repo_id, "config.json", revision=revision))
+    try:
+        weights = hf_hub_download(repo_id, WEIGHTS_NAMES[0], revision=revision)
+    except EntryNotFoundError:
+        weights = hf_hub_download(repo_id, WEIGHTS_NAMES[1], revision=revision)
+    return Source(Path(weights), config, {"repository": repo_id, "revision": Path(weights).parent.name})
+
+
+def read_tensors(path: Path, entry: str | None = None) -> dict[str, torch.Tensor]:
+    """
+    Reads the weights of a file by timm's names, all in the widest of their types.
+
+    Args:
+        path (`Path`): of safetensors or of a pickle, of which nothing is executed.
+        entry (`str`, *optional*): the entry of a training checkpoint that holds the weights.
+
+    Raises:
+        `ConversionError`: for a file that holds anything but finite floating-point weights.
+    """
+    contents = load_file(path) if path.suffix == ".safetensors" else read_pickle(path)
+    state_dict = choose_entry(contents, entry, path.name)
+    tensors = {to_timm_name(name): tensor for name, tensor in state_dict.items()}
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ConversionError(
+                f"{path.name}: {name} holds {tensor.dtype} values or NaN or Inf, which is not a weight"
+            )
+    if not tensors:
+        raise ConversionError(f"{path.name} holds no weights")
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
+def read_pickle(path: Path) -> Any:
+    # torch does not look at checksums
+    if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
+        raise ConversionError(f"{path.name} is damaged: the checksum of its record {damaged} does not match")
+    try:
+        # The reference's training script saves its options, a Namespace. Memory mapping would accept short records.
+        with torch.serialization.safe_globals([Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except pickle.UnpicklingError as error:  # whose message advises to execute the pickle
+        if harmful := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ConversionError(
+                f"{path.name} is refused: its pickle asks for {harmful[1]}, which weights do not need. Nothing of it"
+                " was executed; save only the state dict."
+            ) from error
+        raise ConversionError(f"{path.name} is damaged or not a file of weights") from error
+
+
+def choose_entry(checkpoint: Any, entry: str | None, name: str) -> Mapping[str, torch.Tensor]:
+    """The state dict in the contents of a file, which are one or have them as entries."""
+
+    def is_state_dict(value: Any) -> bool:
+        return isinstance(value, Mapping) and all(isinstance(tensor, torch.Tensor) for tensor in value.values())
+
+    if is_state_dict(checkpoint) and entry is None:
+        return checkpoint
+    entries = [key for key, value in checkpoint.items() if is_state_dict(value) and value]
+    if entry in entries or (entry is None and len(entries) == 1):
+        return checkpoint[entry or entries[0]]
+    raise ConversionError(f"{name} has weights under {in_short(entries, 9) or 'no name'}: choose one with --entry")
+
+
+def find_problems(tensors: dict[str, torch.Tensor], timm_model: torch.nn.Module) -> list[str]:
+    """How the names and shapes of tensors differ from those of a model of timm's."""
+    shapes, expected = ({name: tuple(t.shape) for name, t in d.items()} for d in (tensors, timm_model.state_dict()))
+    return [
+        *(f"{name} is missing" for name in expected if name not in shapes),
+        *(f"{name} is unknown" for name in shapes if name not in expected),
+        *(
+            f"{name} has shape {shapes[name]} instead of {expected[name]}"
+            for name in expected
+            if name in shapes and shapes[name] != expected[name]
+        ),
+    ]
+
+
+def recognise(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What a config.json of timm's would say of the variant whose shapes are nearest to those of the tensors."""
+    num_classes = len(tensors["head.0.bias"]) if "head.0.bias" in tensors else 1000
+    candidates = []
+    for architecture in map(architecture_of, VARIANTS.values()):
+        pretrained_cfg = timm.models.get_pretrained_cfg(architecture).to_dict()
+        candidates.append({"architecture": architecture, "num_classes": num_classes, "pretrained_cfg": pretrained_cfg})
+    return min(candidates, key=lambda candidate: len(find_problems(tensors, timm_model_of(candidate))))
+
+
+def timm_model_of(timm_config: dict[str, Any]) -> Any:
+    """The model that timm builds from a config.json, without weights (on the meta device)."""
+    with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
+        Path(folder, "config.json").write_text(json.dumps(timm_config), encoding="utf-8")
+        return timm.create_model(f"local-dir:{folder}")
+
+
+def read_labels(path: Path, num_labels: int) -> dict[int, str]:
+    """The names of the classes: a line each, or a JSON list, or a JSON object from indices to names."""
+    text = path.read_text(encoding="utf-8-sig")
+    names = json.loads(text) if path.suffix == ".json" else text.splitlines()
+    if isinstance(names, dict):
+        names = [names.get(str(index)) for index in range(len(names))]
+    if len(names) != num_labels or len({name for name in names if name}) != num_labels:
+        raise ConversionError(f"{path} must have a different name for each of {num_labels} classes, it has {names}")
+    return dict(enumerate(names))
+
+
+def read_source(
+    options: argparse.Namespace, downloads: Path
+) -> tuple[CrossViTForImageClassification, Any, dict[str, Any]]:
+    """
+    The model and image processor of a source, after a comparison of their logits with those of timm's model.
+
+    Returns:
+        `tuple`: the model, the image processor, and the contents of conversion.json.
+
+    Raises:
+        `ConversionError`: for weights that are not those of the configuration, or other logits than timm's.
+    """
+    source = find_source(options.source, options.revision, downloads)
+    tensors = read_tensors(source.weights, options.entry)
+    config_file = options.config or source.config
+    timm_config = json.loads(config_file.read_text(encoding="utf-8")) if config_file else {}
+    if options.config and not is_timm_config(timm_config):
+        config = CrossViTConfig.from_pretrained(options.config)
+        timm_model: Any = create_timm_model(config)
+        channels, (height, width) = config.num_channels, config.image_sizes[0]
+        crop = {"crop_pct": 0.875} if height == width else {"crop_pct": 1.0, "crop_mode": "squash"}
+        timm_config = {"pretrained_cfg": {"input_size": (channels, height, width), **crop}}
+    else:
+        if not is_timm_config(timm_config):
+            timm_config = recognise(tensors)
+        config = CrossViTConfig(**read_model_config(timm_config))
+        timm_model = timm_model_of(timm_config)
+    processor = CrossViTImageProcessor(**read_image_processor_config(timm_config))
+    if problems := find_problems(tensors, timm_model):
+        expected = timm_config.get("architecture", "model of this configuration")
+        raise ConversionError(
+            f"{source.weights.name} is not a whole {expected}: {in_short(problems)}. Describe another architecture"
+            " with --config."
+        )
+    if options.labels:
+        config.id2label = read_labels(options.labels, config.num_labels)
+        config.label2id = {name: index for index, name in config.id2label.items()}
+
+    dtype = next(iter(tensors.values())).dtype
+    model = CrossViTForImageClassification.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+    timm_model.load_state_dict(tensors, assign=True)
+    differences = logits_differences(model, timm_model, config)
+    variant = find_variant(config)
+    with open(source.weights, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    entry = {"entry": options.entry} if options.entry else {}
+    record = {
+        "source": {**source.record, **entry, "sha256": digest},
+        "variant": variant["name"] if variant else None,
+        "tensors": len(tensors),
+        "parameters": model.num_parameters(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "largest_logit_difference": differences,
+        "versions": {module.__name__: module.__version__ for module in (crossvit, transformers, torch, timm)},
+    }
+    return model, processor, record
+
+
+def save(model: CrossViTForImageClassification, processor: Any, record: dict[str, Any], options: argparse.Namespace):
+    """Writes the checkpoint with its code, card and record into a folder that appears when it is complete."""
+    # The checkpoint carries its code, for users without this package
+    model.config.auto_map = dict(AUTO_MAP)
+    processor.auto_map = {"AutoImageProcessor": dict(REMOTE_CODE_CLASSES)}
+    output = options.output.absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+        unfinished = Path(folder, output.name)
+        model.save_pretrained(unfinished)
+        processor.save_pretrained(unfinished)
+        card = make_model_card(model.config, record, options.push_to_hub)
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
+        record["files"] = sorted(path.name for path in unfinished.iterdir())
+        (unfinished / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        if output.exists():
+            shutil.rmtree(output)
+        unfinished.rename(output)
+
+
+def check_output(output: Path, overwrite: bool):
+    """Refuses to replace anything but a folder with the files of an earlier conversion and no others."""
+    if not output.exists():
+        return
+    if not overwrite:
+        raise ConversionError(f"{output} exists: choose another folder or pass --overwrite")
+    try:
+        written = json.loads((output / RECORD_NAME).read_text(encoding="utf-8"))["files"]
+        foreign = [path.name for path in output.iterdir() if path.name not in (*written, RECORD_NAME) or path.is_dir()]
+    except (OSError, ValueError, LookupError):
+        foreign = ["no conversion.json of this command"]
+    if foreign or output.is_symlink():
+        raise ConversionError(f"{output} is not replaced, since this command did not write it: {in_short(foreign)}")
+
+
+def verify(model: CrossViTForImageClassification, checkpoint: str, source: str):
+    """Compares the weights of a checkpoint with those of a model, bit by bit."""
+    saved = CrossViTForImageClassification.from_pretrained(checkpoint, dtype="auto").state_dict()
+    tensors = model.state_dict()
+    if different := [name for name in tensors if name not in saved or not torch.equal(tensors[name], saved[name])]:
+        raise ConversionError(f"{checkpoint} has other weights than {source}: {in_short(different)}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "source",
-        help="a variant (crossvit_15: timm's weights from the Hub), a repository of the Hub, an https URL, or the path"
-        " of a file or of a folder of timm's; ./NAME is always a path",
+        help="the name of a variant, a file (.pth, .safetensors), a folder of timm's, an https URL or a repository of"
+        " the Hub",
     )
-    parser.add_argument("output", type=user_path, help="the folder to make")
-    add_reference_options(parser)
+    parser.add_argument("output", type=Path, help="the folder to create, or the checkpoint to verify")
+    parser.add_argument("--revision", help="branch, tag or commit of the source's repository")
+    parser.add_argument("--config", type=Path, help="config.json of this package or of timm, where shapes do not tell")
+    parser.add_argument("--entry", help="which weights of a training checkpoint: model, model_ema, ...")
+    parser.add_argument("--labels", type=Path, help="names of the classes: a line each, or a JSON list or object")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion in OUTPUT")
     parser.add_argument(
-        "--labels", type=user_path, help="the names of the classes: a line each, or a JSON list or object"
+        "--verify", action="store_true", help="compare the checkpoint OUTPUT with SOURCE, write nothing"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace OUTPUT, and REPO, if they exist")
-    parser.add_argument("--push-to-hub", metavar="REPO", help="publish OUTPUT on the Hub as REPO (owner/name)")
-    add_repository_options(parser)
+    parser.add_argument("--push-to-hub", metavar="REPO", help="publish OUTPUT as this repository (owner/name)")
+    parser.add_argument("--private", action="store_true", help="create REPO as a private repository")
     options = parser.parse_args()
+    logging.disable_progress_bar()
 
-    check_output(options.output, options.overwrite)
-    repository = None
+    if not options.verify:
+        check_output(options.output, options.overwrite)
     if options.push_to_hub:
-        repository = Repository(options.push_to_hub, options.private, options.overwrite)
-    reference = read_reference(options.source, options)
-    if reference.source.path.resolve().is_relative_to(options.output.resolve()):
-        raise ConversionError(f"{options.output} holds the source and is not overwritten")
-    record = convert(reference, options.output, options.labels, options.push_to_hub, options.overwrite)
-    shape = record["variant"] or "a CrossViT of its own shape"
-    print(f"{options.output}: {shape}, {record['tensors']} tensors, {in_words(record['largest_logit_difference'])}")
-    if repository:
-        print(repository.publish(options.output))
-
-
-def convert(
-    reference: ReferenceCheckpoint,
-    output: Path,
-    labels: Path | None = None,
-    repo_id: str | None = None,
-    overwrite: bool = False,
-) -> dict[str, Any]:
-    """
-    Makes a checkpoint of Transformers of one of the reference, in the folder `output`.
-
-    Args:
-        reference (`ReferenceCheckpoint`): what to convert.
-        output (`Path`): the folder to make.
-        labels (`Path`, *optional*): the file with the names of the classes.
-        repo_id (`str`, *optional*): the repository of the Hub that the model card is for.
-        overwrite (`bool`, *optional*): whether to replace an `output` that exists.
-
-    Returns:
-        `dict`: the contents of its conversion.json.
-
-    Raises:
-        `ConversionError`: when the logits differ from the reference's, or the labels do not fit. `output` is then as
-            it was before.
-    """
-    model = reference.build_model()
-    model.config.architectures = [type(model).__name__]
-    model.config.dtype = reference.dtype
-    set_labels(model.config, reference, labels)
-    # The checkpoint carries its code, for users without this package
-    model.config.auto_map = dict(AUTO_MAP)
-    processor: Any = make_image_processor(reference)
-    processor.auto_map = {"AutoImageProcessor": dict(REMOTE_CODE_CLASSES)}
-
-    with whole_folder(output, overwrite) as folder:
-        # What `save_pretrained` writes
-        model.config.save_pretrained(folder)
-        custom_object_save(model, folder)
-        write_weights(model.state_dict(), folder / "model.safetensors")
-        processor.save_pretrained(folder)
-        # What is compared is what was written
-        differences = largest_differences(open_checkpoint(folder), reference.tensors, reference.source.timm_config)
-        check_differences(differences)
-
-        record = {
-            "source": reference.record,
-            "variant": reference.variant["name"] if reference.variant else None,
-            "tensors": len(reference.tensors),
-            "parameters": sum(tensor.numel() for tensor in reference.tensors.values()),
-            "dtype": str(reference.dtype).removeprefix("torch."),
-            "largest_logit_difference": differences,
-            "versions": {
-                "crossvit": crossvit.__version__,
-                "transformers": transformers.__version__,
-                "torch": torch.__version__,
-                "timm": timm_version(),
-            },
-        }
-        card = make_model_card(model.config, record, reference.published, repo_id)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        (folder / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return record
-
-
-def timm_version() -> str:
-    import timm
-
-    return timm.__version__
-
-
-def set_labels(config: CrossViTConfig, reference: ReferenceCheckpoint, labels: Path | None):
-    """
-    Names the classes: from a file, or as a config.json of timm's does, or as ImageNet's if there are 1000 of them.
-    Otherwise they keep the names that Transformers gives (LABEL_0, LABEL_1, ...).
-    """
-    timm_config = reference.source.timm_config
-    timm_labels = timm_config.get("label_names") or timm_config.get("pretrained_cfg", {}).get("label_names")
-    if labels is not None:
-        names = read_labels(labels)
-    elif timm_labels:
-        names = timm_labels
-    elif config.num_labels == 1000:
-        names = imagenet_labels()
+        HfApi().whoami()  # Without a token, fail before the work
+    with tempfile.TemporaryDirectory() as downloads:
+        model, processor, record = read_source(options, Path(downloads))
+    if options.verify:
+        verify(model, str(options.output), options.source)
     else:
-        return
-    place = labels or "label_names of config.json"
-    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
-        raise ConversionError(f"{place} is no list of names")
-    if len(names) != config.num_labels:
-        raise ConversionError(f"{place} has {len(names)} names, the model {config.num_labels} classes")
-    if duplicates := [name for name, count in Counter(names).items() if count > 1]:
-        raise ConversionError(f"{place} has the same name for several classes: {some(duplicates)}")
-    config.id2label = dict(enumerate(names))
-    config.label2id = {name: index for index, name in enumerate(names)}
-
-
-def read_labels(path: Path) -> list[str]:
-    """The names of classes in their order: lines, a JSON list, or a JSON object from indices to names."""
-    if path.suffix == ".json":
-        names = read_json(path)
-        if isinstance(names, dict):
-            names = [names.get(str(index)) for index in range(len(names))]
-        return names
-    try:
-        return [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ConversionError(f"{path} is no text in UTF-8: {error}") from error
-
-
-def imagenet_labels() -> list[str]:
-    """
-    The names of ImageNet's 1000 classes, as ViT's checkpoints have them. Two are called "crane", the bird and the
-    machine; the second one is "crane2", as in the data set on the Hub.
-    """
-    from timm.data import ImageNetInfo
-
-    info = ImageNetInfo("imagenet-1k")
-    names = [info.index_to_description(index) for index in range(1000)]
-    names[517] = "crane2"
-    return names
-
-
-def make_image_processor(reference: ReferenceCheckpoint) -> CrossViTImageProcessor:
-    """The image processor of a variant, or what a config.json of timm's says, or timm's and the paper's habits."""
-    config = reference.config
-    preprocessing = reference.variant["preprocessing"] if reference.variant else {}
-    timm_config = reference.source.timm_config.get("pretrained_cfg", {})
-    height, width = config.image_sizes[0]
-
-    crop_pct = timm_config.get("crop_pct", 0.875)
-    crop_mode = timm_config.get("crop_mode", "center")
-    interpolation = timm_config.get("interpolation", "bicubic")
-    resample = getattr(PILImageResampling, str(interpolation).upper(), None)
-    if crop_mode not in ("center", "squash") or resample is None or not is_number(crop_pct) or not 0 < crop_pct <= 10:
-        raise ConversionError(
-            f"config.json asks for crop_mode {crop_mode!r}, crop_pct {crop_pct!r} and interpolation {interpolation!r},"
-            " for which the image processor has no counterpart"
-        )
-    colors: dict[str, list[float]] = {}
-    for name, default in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
-        values = timm_config.get(name)
-        if values is None:
-            # What images of other channels are normalised with is not known: ImageNet's average, for lack of better
-            values = default if config.num_channels == 3 else [sum(default) / 3] * config.num_channels
-        if (
-            not isinstance(values, (list, tuple))
-            or len(values) != config.num_channels
-            or not all(map(is_number, values))
-        ):
-            raise ConversionError(f"config.json has {name} {values!r}, the images have {config.num_channels} channels")
-        colors[name] = list(values)
-    if 0 in colors["std"]:
-        raise ConversionError(f"config.json has std {colors['std']}, by which pixels are divided")
-
-    size = {"shortest_edge": math.floor(height / crop_pct)}
-    if "crop_pct" not in timm_config and preprocessing:
-        size = {"shortest_edge": preprocessing["resize_shortest_edge"]}
-    if height != width or crop_mode == "squash":
-        size = {"height": height, "width": width}
-    return CrossViTImageProcessor(
-        size=size,
-        crop_size={"height": height, "width": width},
-        resample=resample,
-        image_mean=colors["mean"],
-        image_std=colors["std"],
-        do_convert_rgb=config.num_channels == 3,
+        save(model, processor, record, options)
+    found = record["largest_logit_difference"]
+    print(
+        f"{options.output}: {record['variant'] or 'a CrossViT'}, {record['tensors']} tensors, largest difference from"
+        f" timm's logits {found['float32']:.1e} in float32 and {found['float64']:.1e} in float64"
     )
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    if options.push_to_hub:
+        HfApi().create_repo(options.push_to_hub, private=options.private, exist_ok=True)
+        commit = HfApi().upload_folder(
+            repo_id=options.push_to_hub, folder_path=options.output, commit_message="Upload the converted checkpoint"
+        )
+        print(f"{options.push_to_hub}: published, {commit.commit_url}")
 
 
 if __name__ == "__main__":

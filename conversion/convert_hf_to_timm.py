@@ -1,139 +1,124 @@
+# Copyright 2026 The CrossViT for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
 """
-Converts a CrossViT checkpoint of Transformers to one of the reference: the inverse of convert_crossvit_to_hf.py.
+Converts a checkpoint of Transformers to one of timm, or of the authors' code: the same weights, bit by bit. The logits
+are compared with those of timm's model first; nothing is written if they differ.
 
     python conversion/convert_hf_to_timm.py my-crossvit my-timm-crossvit
-    python -c "import timm; timm.create_model('local-dir:my-timm-crossvit', pretrained=True)"
-    python conversion/convert_hf_to_timm.py my-crossvit my-ibm-crossvit --format ibm
-
-OUTPUT is a folder: for timm with config.json and model.safetensors, for IBM's code with model.pth. Nothing is written
-unless timm's model takes the weights and gives the same logits.
+    python conversion/convert_hf_to_timm.py me/my-crossvit my-ibm-crossvit --format ibm
 """
 
 import argparse
-import json
 import math
+import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
-from architecture import find_variant, nearest_variant
-from checkpoints import find_checkpoint, open_checkpoint, reference_tensors
-from commands import ConversionError, check_output, in_one_line, run, user_path, whole_folder
-from proof import check_differences, in_words, largest_differences, timm_options
-from safetensors.torch import save_file
+from reference import ConversionError, create_timm_model, in_short, logits_differences, run, to_transformers_name
 from transformers.image_utils import PILImageResampling
-from variants import VARIANTS, timm_name
+from transformers.utils import logging
 
-from crossvit import CrossViTConfig, CrossViTImageProcessor
+from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
+
+
+def timm_preprocessing(config: CrossViTConfig, processor: Any) -> dict[str, Any]:
+    """
+    What timm's `pretrained_cfg` says of an image processor.
+
+    Raises:
+        `ConversionError`: for an image processor that timm's evaluation transform does not equal.
+    """
+    height, width = config.image_sizes[0]
+    crop, size = processor.crop_size, processor.size
+    if (
+        not (processor.do_resize and processor.do_center_crop and processor.do_rescale and processor.do_normalize)
+        or not math.isclose(processor.rescale_factor, 1 / 255)
+        or (crop.height, crop.width) != (height, width)
+        or not (size.height or (size.shortest_edge and height == width))
+    ):
+        raise ConversionError(
+            "preprocessor_config.json does not describe timm's evaluation transform: images that are resized, cropped"
+            f" to {height}x{width}, rescaled by 1/255 and normalized"
+        )
+    resized = (size.height, size.width) if size.height else (size.shortest_edge, size.shortest_edge)
+    # timm divides by this share and rounds down
+    shares = [1.0, 0.875, *(side / (edge + 0.5) for side, edge in zip((height, width), resized))]
+    for crop_pct in shares:
+        if resized == (math.floor(height / crop_pct), math.floor(width / crop_pct)):
+            return {
+                "crop_pct": crop_pct,
+                "crop_mode": "squash" if size.height else "center",
+                "interpolation": PILImageResampling(processor.resample).name.lower(),
+                "mean": tuple(processor.image_mean),
+                "std": tuple(processor.image_std),
+            }
+    raise ConversionError(f"timm has one share of the crop for both sides, not a crop of {crop} from {size}")
+
+
+def convert(options: argparse.Namespace):
+    if options.output.exists():
+        raise ConversionError(f"{options.output} exists: choose another folder")
+    loaded: Any = CrossViTForImageClassification.from_pretrained(
+        options.checkpoint, revision=options.revision, dtype="auto", output_loading_info=True
+    )
+    model, info = loaded
+    if problems := [name for names in info.values() for name in names]:
+        raise ConversionError(
+            f"{options.checkpoint} is not a whole classifier: {in_short(sorted(map(str, problems)))}"
+        )
+    weights, config = model.state_dict(), model.config
+    timm_model = create_timm_model(config)
+    tensors = {name: weights[to_transformers_name(name)] for name in timm_model.state_dict()}
+    timm_model.load_state_dict(tensors, assign=True)
+    differences = logits_differences(model, timm_model, config)
+
+    output = options.output.absolute()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+        unfinished = Path(folder, output.name)
+        if options.format == "timm":
+            processor = CrossViTImageProcessor.from_pretrained(options.checkpoint, revision=options.revision)
+            # What timm knows of the published weights is not known of these
+            pretrained_cfg = {"tag": "", "license": None, **timm_preprocessing(config, processor)}
+            label_names: Any = [config.id2label[index] for index in range(config.num_labels)]
+            if all(name == f"LABEL_{index}" for index, name in enumerate(label_names)):
+                label_names = None
+            model_config = {"pretrained_cfg": pretrained_cfg, "label_names": label_names}
+            timm.models.save_for_hf(timm_model, str(unfinished), model_config, safe_serialization=True)
+        else:
+            unfinished.mkdir()
+            ibm_tensors = {re.sub(r"^(cls_token|pos_embed)_", r"\1.", name): t for name, t in tensors.items()}
+            torch.save(ibm_tensors, unfinished / "model.pth")
+        unfinished.rename(output)
+    print(
+        f"{options.output}: {len(tensors)} tensors, largest difference from timm's logits"
+        f" {differences['float32']:.1e} in float32 and {differences['float64']:.1e} in float64"
+    )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a folder or repository of the Hub with a CrossViTForImageClassification")
-    parser.add_argument("output", type=user_path, help="the folder to make")
+    parser.add_argument("output", type=Path, help="the folder to create")
     parser.add_argument("--format", choices=("timm", "ibm"), default="timm", help="whose names the weights get")
     parser.add_argument("--revision", help="branch, tag or commit of a repository")
-    parser.add_argument("--overwrite", action="store_true", help="replace an OUTPUT that exists")
     options = parser.parse_args()
-
-    check_output(options.output, options.overwrite)
-    checkpoint = find_checkpoint(options.checkpoint, options.revision)
-    model = open_checkpoint(checkpoint)
-    check_convertible(model.config)
-    if options.format == "timm":
-        timm_config = make_timm_config(model.config, load_image_processor(checkpoint))
-    found = largest_differences(model, reference_tensors(model))
-    if found is None and options.format == "timm":
-        raise ConversionError(
-            f"timm cannot build a model of this shape ({nearest_variant(model.config)}); see --format ibm"
-        )
-    check_differences(found)
-
-    tensors = reference_tensors(model, options.format)
-    with whole_folder(options.output, options.overwrite) as folder:
-        if options.format == "timm":
-            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-            (folder / "config.json").write_text(json.dumps(timm_config, indent=2) + "\n", encoding="utf-8")
-        else:
-            try:
-                torch.save(tensors, folder / "model.pth")
-            except RuntimeError as error:  # torch's for a full disk
-                raise ConversionError(f"{options.output} cannot be written: {in_one_line(error)}") from error
-    print(f"{options.output}: {len(tensors)} tensors, {in_words(found)}")
-
-
-def check_convertible(config: CrossViTConfig):
-    """Raises `ConversionError` for a model that the reference's code would run otherwise, or not at all."""
-    for name, value in (("hidden_act", "gelu"), ("layer_norm_eps", 1e-6)):
-        if getattr(config, name) != value:
-            raise ConversionError(f"the model has {name} {getattr(config, name)}, the reference has {value} alone")
-    if any(0 in layers for *layers, _ in config.depth):
-        raise ConversionError(
-            f"the reference cannot run a branch without layers in a stage, as in depth {config.depth}"
-        )
-
-
-def load_image_processor(checkpoint: Path) -> Any:
-    try:
-        return CrossViTImageProcessor.from_pretrained(checkpoint)
-    except Exception as error:  # of all kinds, for what may be in a file
-        raise ConversionError(f"{checkpoint} has no sound preprocessor_config.json: {in_one_line(error)}") from error
-
-
-def make_timm_config(config: CrossViTConfig, processor: Any) -> dict[str, Any]:
-    """
-    The config.json of timm for a model and its image processor.
-
-    Raises:
-        `ConversionError`: for an image processor that does what timm's evaluation transform cannot.
-    """
-    height, width = config.image_sizes[0]
-    steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
-    if (
-        not all(getattr(processor, step) for step in steps)
-        or not math.isclose(processor.rescale_factor, 1 / 255)
-        or (processor.crop_size.height, processor.crop_size.width) != (height, width)
-        or not (processor.size.shortest_edge or (processor.size.height, processor.size.width) == (height, width))
-        or {len(processor.image_mean), len(processor.image_std)} != {config.num_channels}
-    ):
-        raise ConversionError(
-            "preprocessor_config.json does not make what timm's transform makes: images that are resized, cropped to"
-            f" {height}x{width}, rescaled by 1/255 and normalised in {config.num_channels} channels"
-        )
-    variant = find_variant(config)
-    first_conv = "patch_embed.{}.proj.0" if config.multi_conv else "patch_embed.{}.proj"
-    timm_config: dict[str, Any] = {
-        "architecture": timm_name(variant or VARIANTS["crossvit_15_dagger" if config.multi_conv else "crossvit_15"]),
-        "num_classes": config.num_labels,
-        "num_features": sum(config.embed_dim),
-        "pretrained_cfg": {
-            "num_classes": config.num_labels,
-            "input_size": [config.num_channels, height, width],
-            "fixed_input_size": True,
-            "crop_pct": crop_share(processor),
-            "crop_mode": "center" if processor.size.shortest_edge else "squash",
-            "interpolation": PILImageResampling(processor.resample).name.lower(),
-            "mean": list(processor.image_mean),
-            "std": list(processor.image_std),
-            "first_conv": [first_conv.format(0), first_conv.format(1)],
-            "classifier": ["head.0", "head.1"],
-        },
-    }
-    id2label: Any = config.id2label
-    names = [id2label.get(index, f"LABEL_{index}") for index in range(config.num_labels)]
-    if names != [f"LABEL_{index}" for index in range(config.num_labels)]:
-        timm_config["label_names"] = names
-    if variant is None:
-        timm_config["model_args"] = timm_options(config)
-    return timm_config
-
-
-def crop_share(processor: Any) -> float:
-    """timm's `crop_pct`: the share of the resized image that the crop keeps, from which timm computes the former."""
-    if not processor.size.shortest_edge:
-        return 1.0
-    side, edge = processor.crop_size.height, processor.size.shortest_edge
-    return next(share for share in (1.0, 0.875, side / (edge + 0.5)) if math.floor(side / share) == edge)
+    logging.disable_progress_bar()
+    convert(options)
 
 
 if __name__ == "__main__":

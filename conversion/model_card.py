@@ -1,16 +1,28 @@
-"""The model card of a converted checkpoint: what it is, where it is from, how to use it, and only what is known."""
+# Copyright 2026 The CrossViT for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The model card of a converted checkpoint."""
 
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
+from reference import VARIANTS
 
 from crossvit import CrossViTConfig
 
 
 PAPER = "https://arxiv.org/abs/2103.14899"
 TIMM_RESULTS = "https://github.com/huggingface/pytorch-image-models/blob/main/results/results-imagenet.csv"
-# Where a repository's name is not known yet
-PLACEHOLDER = "path/to/this-checkpoint"
 
 USAGE = """\
 ```python
@@ -28,9 +40,9 @@ with torch.no_grad():
 print(model.config.id2label[logits.argmax(-1).item()])
 ```
 
-`trust_remote_code=True` runs the model code in this repository; with the package `crossvit` installed and imported it
-is not needed. `AutoImageProcessor.from_pretrained(checkpoint, backend="pil", trust_remote_code=True)` gives the images
-of timm's evaluation transform bit by bit."""
+`trust_remote_code=True` runs the model code in this repository. It is not needed with the package `crossvit` installed
+and imported. `AutoImageProcessor.from_pretrained(checkpoint, backend="pil", trust_remote_code=True)` equals timm's
+evaluation transform bit by bit."""
 
 CITATION = """\
 ```bibtex
@@ -43,115 +55,84 @@ CITATION = """\
 ```"""
 
 
-class SourcedResult(EvalResult):
-    """A result of its own source: `ModelCardData` would give all results on a data set the source of the first."""
-
-    @property
-    def unique_identifier(self) -> tuple:
-        return (*super().unique_identifier, self.source_url)
-
-
-def published_results(variant: dict[str, Any]) -> list[EvalResult]:
-    """The published accuracies of a variant's weights, each with its source."""
-    top1, top5 = variant["imagenet_top1"], variant["imagenet_top5"]
-    reported = [
-        ("Top-1 accuracy", "accuracy", top1["paper"], "CrossViT, the paper", PAPER),
-        ("Top-1 accuracy", "accuracy", top1["timm"], "timm, results on ImageNet", TIMM_RESULTS),
-        ("Top-5 accuracy", "top_5_accuracy", top5["timm"], "timm, results on ImageNet", TIMM_RESULTS),
-    ]
-    return [
-        SourcedResult(
-            task_type="image-classification",
-            dataset_type="ILSVRC/imagenet-1k",
-            dataset_name="ImageNet-1k",
-            dataset_split="validation",
-            metric_type=metric_type,
-            metric_name=metric_name,
-            metric_value=value,
-            source_name=source_name,
-            source_url=source_url,
-        )
-        for metric_name, metric_type, value, source_name, source_url in reported
-    ]
+def find_published(source: dict[str, str]) -> dict[str, Any] | None:
+    """The entry of variants.json whose published weights a source is."""
+    for variant in VARIANTS.values():
+        if source.get("repository") == variant["timm_id"] or source.get("url", "").endswith("/" + variant["ibm_file"]):
+            return variant
+    return None
 
 
-def make_model_card(
-    config: CrossViTConfig,
-    record: dict[str, Any],
-    published: dict[str, Any] | None,
-    repo_id: str | None = None,
-) -> str:
+def make_model_card(config: CrossViTConfig, record: dict[str, Any], repo_id: str | None = None) -> str:
     """
-    The card of a converted checkpoint, with the metadata that the Hub reads in front.
+    The model card, which claims data set, accuracy and licence only for published weights.
 
     Args:
-        config (`CrossViTConfig`): its configuration.
+        config (`CrossViTConfig`): the configuration of the checkpoint.
         record (`dict`): the contents of its conversion.json.
-        published (`dict`, *optional*): the entry of variants.json whose published weights these are; for any other
-            weights the card claims neither data set nor accuracy nor license.
         repo_id (`str`, *optional*): the repository that it is for.
     """
-    variant = record["variant"]
-    title = repo_id.split("/")[-1] if repo_id else variant or "CrossViT"
+    source, published = record["source"], find_published(record["source"])
+    title = repo_id.split("/")[-1] if repo_id else record["variant"] or "CrossViT"
     metadata: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "image-classification",
         "tags": ["vision", "image-classification", "crossvit"],
     }
+    origin = "Training data, licence and accuracy are not recorded in the source: say them here before publishing."
     if published:
+        top1, top5 = published["imagenet_top1"], published["imagenet_top5"]
+        results = {"accuracy": top1["timm"], "top_5_accuracy": top5["timm"]}
         metadata |= {
             "license": "apache-2.0",
             "datasets": ["ILSVRC/imagenet-1k"],
             "base_model": published["timm_id"],
             "model_name": title,
-            "eval_results": published_results(published),
+            "eval_results": [
+                EvalResult(
+                    task_type="image-classification",
+                    dataset_type="ILSVRC/imagenet-1k",
+                    dataset_name="ImageNet-1k",
+                    dataset_split="validation",
+                    metric_type=metric,
+                    metric_value=value,
+                    source_name="timm, results on ImageNet",
+                    source_url=TIMM_RESULTS,
+                )
+                for metric, value in results.items()
+            ],
         }
-    elif "repository" in record["source"]:
-        metadata["base_model"] = record["source"]["repository"]
-
-    source = ", ".join(f"{name} `{value}`" for name, value in record["source"].items())
-    sizes = " and ".join(f"{height}x{width}" for height, width in config.image_sizes)
-    parts = [
-        f"# {title}",
-        "CrossViT looks at an image at several scales, with small and with large patches, and lets the class token of"
-        f" each scale attend to the patches of the next one ([paper]({PAPER}), Chen, Fan and Panda, ICCV 2021). This"
-        f" is {f'`{variant}`' if variant else 'a CrossViT of its own shape'}"
-        f" with {config.num_labels} classes: {record['parameters'] / 1e6:.1f} M parameters, {len(config.depth)}"
-        f" stages, {config.num_branches} branches with images of {sizes} pixels.",
-        "## Use",
-        USAGE.format(checkpoint=repo_id or PLACEHOLDER),
-        "## Where the weights are from",
-        f"Converted from {source}.",
-        proof_in_words(record),
-    ]
-    if published:
-        top1 = published["imagenet_top1"]
-        parts += [
-            "The authors trained them on ImageNet-1k with the recipe of the paper. Published top-1 accuracy on its"
-            f" validation images, not measured again for this checkpoint: {top1['paper']} % ([paper]({PAPER})),"
-            f" {top1['timm']} % ([timm]({TIMM_RESULTS})).",
-            "## Limits",
-            "The classes are the 1000 of ImageNet: one object per image, of a choice that is no picture of the world."
-            " The model has their biases and answers with one of them for any image.",
-        ]
-    else:
-        parts += [
-            "What they were trained on, under which license they are and how accurate they are is not recorded in the"
-            " source: whoever publishes them should say it here."
-        ]
-    parts += ["## Citation", CITATION]
-    return f"---\n{ModelCardData(**metadata)}\n---\n\n" + "\n\n".join(parts) + "\n"
-
-
-def proof_in_words(record: dict[str, Any]) -> str:
-    found = record["largest_logit_difference"]
-    if found is None:
-        return (
-            "**Not proven:** timm cannot build a model of this shape, so that nothing could be compared with it. The"
-            " names and shapes of all tensors were checked."
+        origin = (
+            "The authors trained the weights on ImageNet-1k with the recipe of the paper. Published top-1 accuracy,"
+            f" not measured again: {top1['paper']} % ([paper]({PAPER})), {top1['timm']} % ([timm]({TIMM_RESULTS}))."
         )
-    return (
-        "The logits of this checkpoint and of timm's model with the source's weights were compared on fixed images:"
-        f" they differ by {found['float32']:.1e} at most in float32 and by {found['float64']:.1e} in float64. See"
-        " `conversion.json`."
-    )
+    elif "repository" in source:
+        metadata["base_model"] = source["repository"]
+
+    sizes = " and ".join(f"{height}x{width}" for height, width in config.image_sizes)
+    differences = record["largest_logit_difference"]
+    return f"""---
+{ModelCardData(**metadata)}
+---
+
+# {title}
+
+CrossViT processes an image in two branches, with small and with large patches. After each stage, the class token of
+one branch attends to the patches of the other ([paper]({PAPER}), ICCV 2021). This checkpoint has
+{config.num_labels} classes, {record["parameters"] / 1e6:.1f} M parameters, and branches with images of {sizes} pixels.
+
+## Use
+
+{USAGE.format(checkpoint=repo_id or "path/to/this-checkpoint")}
+
+## Weights
+
+Converted from {", ".join(f"{name} `{value}`" for name, value in source.items())}. {origin}
+
+Before saving, the logits were compared with those of timm's model with the source's weights: they differ by at most
+{differences["float32"]:.1e} in float32 and {differences["float64"]:.1e} in float64 (`conversion.json`).
+
+## Citation
+
+{CITATION}
+"""

@@ -1,6 +1,5 @@
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -8,8 +7,9 @@ import convert_crossvit_to_hf
 import pytest
 import torch
 import transformers
-from commands import run
 from examples_in_process import TINY_TRAINING, run_main, write_zoo
+from hub_server import HubServer
+from reference import run
 
 from crossvit import CrossViTConfig
 
@@ -47,20 +47,23 @@ def deterministic():
 
 
 @pytest.fixture
+def hub():
+    """A small Hub on this machine."""
+    with HubServer() as hub:
+        yield hub
+
+
+@pytest.fixture
 def command(monkeypatch, capsys):
     """Runs a script of conversion/ in this process: its exit status, what it prints, and what it says on stderr."""
 
     def run_command(script, *arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
-        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         status = 0
         try:
             run(script.main)
         except SystemExit as error:
             status = error.code
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
         return status, *capsys.readouterr()
 
     return run_command

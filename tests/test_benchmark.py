@@ -10,8 +10,8 @@ import torch
 from benchmarks.contenders import Cell
 from benchmarks.measuring import DisagreementError, count_flops, largest_difference
 from benchmarks.report import make_report, ratio
+from reference import VARIANTS
 from timm_reference import timm_variant
-from variants import VARIANTS
 
 
 SCRIPT = Path(__file__).parent / "benchmarks" / "benchmark.py"

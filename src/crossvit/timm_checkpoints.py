@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers.image_utils import PILImageResampling
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
 
 def _architecture(
@@ -185,8 +185,8 @@ def read_image_processor_config(config: dict[str, Any]) -> dict[str, Any]:
         "size": size,
         "crop_size": {"height": height, "width": width},
         "resample": getattr(PILImageResampling, interpolation.upper()),
-        "image_mean": per_channel(source["mean"], num_channels),
-        "image_std": per_channel(source["std"], num_channels),
+        "image_mean": per_channel(source.get("mean") or IMAGENET_DEFAULT_MEAN, num_channels),
+        "image_std": per_channel(source.get("std") or IMAGENET_DEFAULT_STD, num_channels),
         "do_convert_rgb": num_channels == 3,
     }
 

@@ -32,9 +32,9 @@ from benchmarks.contenders import CONTENDERS, WEIGHTS_DTYPE, Cell
 from benchmarks.measuring import count_flops, find_largest_batch, machine, measure, measure_limits
 from benchmarks.report import describe, write_report
 from command_line import make_parser, parse, reason, run
+from reference import VARIANTS
 from timm_reference import timm_variant
 from transformers.utils import logging
-from variants import VARIANTS
 
 from crossvit.training.errors import CommandError
 

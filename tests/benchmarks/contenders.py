@@ -10,12 +10,13 @@ import numpy as np
 import PIL.Image
 import timm
 import torch
+from reference import VARIANTS
+from reference import architecture_of as timm_name
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_data_config
 from timm_reference import our_state_dict
 from torch import nn
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
-from variants import VARIANTS, timm_name
 
 from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor, CrossViTImageProcessorPil
 

@@ -21,11 +21,11 @@ from typing import Any
 import timm
 import torch
 import transformers
+from reference import VARIANTS
 from timm_reference import timm_variant
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from variants import VARIANTS
 
 from .contenders import (
     COMPILE_OPTIONS,

@@ -1,0 +1,287 @@
+"""Repositories and folders of timm, and state dicts of the authors, are read by `from_pretrained` as they are."""
+
+import itertools
+import json
+import logging
+import re
+
+import numpy as np
+import PIL.Image
+import pytest
+import timm
+import torch
+from reference import VARIANTS, architecture_of, to_transformers_name
+from reference_files import assert_same_weights, ibm_names, lucid_names, save_timm_folder, small_timm, timm_repository
+from safetensors.torch import load_file
+from timm_reference import timm_variant
+from transformers import AutoConfig, AutoModelForImageClassification
+
+from crossvit import (
+    CrossViTBackbone,
+    CrossViTConfig,
+    CrossViTForImageClassification,
+    CrossViTImageProcessor,
+    CrossViTImageProcessorPil,
+    CrossViTModel,
+)
+from crossvit.timm_checkpoints import ARCHITECTURES, KEY_MAPPING
+
+
+def write_config(folder, config: dict):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def image() -> PIL.Image.Image:
+    return PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (61, 90, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def timm_folder(tmp_path):
+    """A small model in a folder of timm's."""
+    return save_timm_folder(small_timm(), tmp_path / "timm")
+
+
+def source_weights(timm_folder) -> dict[str, torch.Tensor]:
+    """The weights of a folder of timm's under our names."""
+    return {
+        to_transformers_name(name): weight for name, weight in load_file(timm_folder / "model.safetensors").items()
+    }
+
+
+@torch.no_grad()
+def assert_equal_logits(model, reference):
+    pixel_values = torch.randn(2, model.config.num_channels, 40, 50)
+    # The bound of test_parity_timm.py, which says why; up to 2e-6 here
+    torch.testing.assert_close(model.eval()(pixel_values).logits, reference(pixel_values), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("form", ["present", "old"])
+def test_published_configurations(variant, tmp_path, form):
+    timm_config = json.loads(timm_repository(timm.create_model(architecture_of(variant)))["config.json"])
+    if form == "old":  # a single dictionary
+        timm_config = {**timm_config.pop("pretrained_cfg"), **timm_config}
+    folder = write_config(tmp_path / "timm", timm_config)
+    config, expected = CrossViTConfig.from_pretrained(folder), CrossViTConfig(**variant["config"])
+    assert {name: getattr(config, name) for name in ("image_sizes", *variant["config"]) if name != "image_size"} == {
+        name: getattr(expected, name) for name in ("image_sizes", *variant["config"]) if name != "image_size"
+    }
+    assert config.num_channels == 3 and config.model_type == "crossvit"
+    names = timm.data.ImageNetInfo("imagenet-1k")
+    assert [config.id2label[index] for index in (0, 638, 639, 999)] == [
+        names.index_to_description(index) for index in (0, 638, 639, 999)
+    ]
+    assert len(config.label2id) == len(config.id2label) == 1000
+
+    processor, preprocessing = CrossViTImageProcessor.from_pretrained(folder), variant["preprocessing"]
+    assert processor.size.shortest_edge == preprocessing["resize_shortest_edge"]
+    assert processor.crop_size.height == processor.crop_size.width == preprocessing["center_crop"]
+    assert [*processor.image_mean, *processor.image_std] == preprocessing["mean"] + preprocessing["std"]
+
+
+def test_architectures_are_those_of_timm():
+    assert set(ARCHITECTURES) == set(timm.list_models("crossvit_*"))
+    assert set(ARCHITECTURES) == {architecture_of(variant) for variant in VARIANTS.values()}
+
+
+@pytest.mark.parametrize("name", ["crossvit_tiny", "crossvit_9_dagger"])
+def test_published_weights(tmp_path, image, name):
+    reference = timm_variant(VARIANTS[name])
+    folder = save_timm_folder(reference, tmp_path / "timm")
+    model = CrossViTForImageClassification.from_pretrained(folder)
+    assert_equal_logits(model, reference)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(reference))
+    processor = CrossViTImageProcessorPil.from_pretrained(folder)
+    assert torch.equal(processor(image, return_tensors="pt").pixel_values[0], transform(image))
+    # The remaining variants differ in numbers of layers and widths only: tests/test_conversion.py has all of them
+
+
+def test_every_class_loads_without_missing_weights(timm_folder):
+    weights = source_weights(timm_folder)
+    for model_class in (CrossViTForImageClassification, CrossViTModel, CrossViTBackbone):
+        options = {"out_features": ["stage1_0", "stage2_1"]} if model_class is CrossViTBackbone else {}
+        model, info = model_class.from_pretrained(timm_folder, output_loading_info=True, **options)
+        assert not info["missing_keys"] and not info["mismatched_keys"]
+        heads = {name for name in weights if name.startswith("classifier.")}
+        assert info["unexpected_keys"] == (set() if model_class is CrossViTForImageClassification else heads)
+        prefix = "crossvit." if model_class is CrossViTModel else ""
+        assert_same_weights(
+            {prefix + name: tensor for name, tensor in model.state_dict().items()},
+            {name: weights[name] for name in weights if name not in info["unexpected_keys"]},
+        )
+    assert [feature_map.shape[1] for feature_map in model(torch.randn(1, 3, 36, 36)).feature_maps] == [24, 32]
+
+
+@pytest.mark.parametrize("names", [dict, ibm_names, lucid_names], ids=["timm", "ibm", "lucid-dl"])
+@pytest.mark.parametrize("layers", [(0, 0), (1, 1), (3, 0)], ids=str)
+def test_state_dicts_under_all_names(small_config, names, layers):
+    depth = tuple((1, 2, number) for number in layers)
+    reference = small_timm(depth=depth)
+    small_config.depth = depth
+    model, info = CrossViTForImageClassification.from_pretrained(
+        None, config=small_config, state_dict=names(reference.state_dict()), output_loading_info=True
+    )
+    assert not any(info.values())
+    assert_equal_logits(model, reference)
+
+
+def test_key_mapping_needs_every_pattern_and_leaves_our_names_alone():
+    used = set()
+    dagger = {"patch_size": (12, 16), "img_size": 48, "img_scale": (1.0, 1.0), "multi_conv": True}
+    for options, layers in itertools.product(({}, dagger), (0, 2)):
+        for name in small_timm(depth=((1, 2, layers),), **options).state_dict():
+            ours = to_transformers_name(name)
+            for pattern, replacement in KEY_MAPPING.items():
+                assert not re.search(pattern, ours) and not re.search(pattern, ours.removeprefix("crossvit."))
+                used |= {pattern} if re.search(pattern, name) else set()
+                name = re.sub(pattern, replacement, name)
+    assert used == set(KEY_MAPPING)
+
+
+def test_pytorch_bin(tmp_path):
+    reference = small_timm()
+    timm.models.save_for_hf(reference, tmp_path, safe_serialization=False)
+    assert not (tmp_path / "model.safetensors").exists()
+    assert_equal_logits(CrossViTForImageClassification.from_pretrained(tmp_path), reference)
+
+
+def test_options_of_from_pretrained(timm_folder):
+    load = CrossViTForImageClassification.from_pretrained
+    assert load(timm_folder, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert load(timm_folder, device_map="cpu").device.type == "cpu"
+    tuned = load(timm_folder, num_labels=7, ignore_mismatched_sizes=True)
+    assert tuned.classifier.heads[1].out_features == 7 and len(tuned.config.id2label) == 7
+
+
+def test_auto_classes_keep_the_timm_wrapper_unless_given_our_configuration(timm_folder):
+    assert AutoConfig.from_pretrained(timm_folder).model_type == "timm_wrapper"
+    config = CrossViTConfig.from_pretrained(timm_folder)
+    model = AutoModelForImageClassification.from_pretrained(timm_folder, config=config)
+    assert type(model) is CrossViTForImageClassification
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_classes": 1},
+        {"num_classes": 0},
+        {"in_chans": 1},
+        {"in_chans": 4},
+        {"qkv_bias": False},
+        {"drop_path_rate": 0.1, "attn_drop_rate": 0.2, "proj_drop_rate": 0.3},
+        {"depth": ((1, 1, 1), (2, 2, 0), (1, 3, 3))},
+        {"img_size": (36, 18), "patch_size": (6, 4)},
+        {"img_size": 48, "img_scale": (1.0, 1.0), "patch_size": (12, 16), "multi_conv": True},
+    ],
+    ids=str,
+)
+def test_model_args(tmp_path, options):
+    reference = small_timm(**options)
+    arguments = {name: value for name, value in options.items() if name.endswith("_rate")}
+    folder = save_timm_folder(reference, tmp_path / "timm", model_args=arguments)
+    model = CrossViTForImageClassification.from_pretrained(folder)
+    assert_equal_logits(model, reference)
+    assert model.config.drop_path_rate == arguments.get("drop_path_rate", 0.0)
+    assert model.config.attention_probs_dropout_prob == arguments.get("attn_drop_rate", 0.0)
+
+
+@pytest.mark.parametrize("labels", [["a", "b", "c", "d", "e"], {"0": "a", "3": "d"}], ids=["list", "dict"])
+def test_names_of_classes(tmp_path, labels):
+    folder = save_timm_folder(small_timm(), tmp_path / "timm", label_names=labels)
+    config = CrossViTConfig.from_pretrained(folder)
+    expected = dict(enumerate("abcde")) if isinstance(labels, list) else {
+        0: "a", 1: "LABEL_1", 2: "LABEL_2", 3: "d", 4: "LABEL_4"
+    }  # fmt: skip
+    assert config.id2label == expected and config.label2id == {name: index for index, name in expected.items()}
+
+
+@pytest.mark.parametrize(
+    "preprocessing",
+    [
+        {"crop_pct": 0.9, "interpolation": "bilinear", "mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3]},
+        {"crop_pct": 0.9, "crop_mode": "squash"},
+        {"crop_pct": 1.0, "crop_mode": "squash"},
+        {"crop_pct": None, "interpolation": None, "mean": None, "std": None},
+    ],
+    ids=str,
+)
+def test_image_processors_equal_timms_transform(tmp_path, image, preprocessing):
+    folder = save_timm_folder(small_timm(), tmp_path / "timm", pretrained_cfg=preprocessing)
+    model = timm.create_model(f"local-dir:{folder}")
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    processor = CrossViTImageProcessorPil.from_pretrained(folder)
+    assert torch.equal(processor(image, return_tensors="pt").pixel_values[0], transform(image))
+
+
+def test_gray_images(tmp_path, image):
+    model = small_timm(in_chans=1)
+    folder = save_timm_folder(model, tmp_path / "timm", pretrained_cfg={"mean": [0.5, 0.4, 0.3], "std": [0.1] * 3})
+    processor = CrossViTImageProcessorPil.from_pretrained(folder)
+    np.testing.assert_allclose(processor.image_mean, [0.4])
+    assert processor(image.convert("L"), return_tensors="pt").pixel_values.shape == (1, 1, 36, 36)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": "vit_base_patch16_224"}, "vit_base_patch16_224"),
+        ({"architecture": "crossvit_tiny_dagger_240"}, "crossvit_tiny_dagger_240"),
+        ({"global_pool": "avg"}, "global_pool='avg'"),
+        ({"model_args": {"global_pool": "avg"}}, "global_pool='avg'"),
+        ({"model_args": {"crop_scale": True}}, "crop_scale=True"),
+        ({"model_args": {"norm_layer": "rmsnorm"}}, "norm_layer"),
+        ({"label_names": ["a", "b"]}, "2 label_names for 5 classes"),
+    ],
+    ids=str,
+)
+def test_models_without_a_counterpart_are_refused_by_name(timm_folder, changes, message):
+    config = json.loads((timm_folder / "config.json").read_text())
+    if "global_pool" in changes:
+        del config["model_args"]["global_pool"]  # It would count
+    model_args = {**config["model_args"], **changes.get("model_args", {})}
+    write_config(timm_folder, {**config, **changes, "model_args": model_args})
+    (timm_folder / "model.safetensors").unlink()  # The weights are not even looked for
+    for cls in (CrossViTConfig, CrossViTForImageClassification):
+        with pytest.raises(ValueError, match=message):
+            cls.from_pretrained(timm_folder)
+
+
+@pytest.mark.parametrize(
+    ("preprocessing", "message"),
+    [({"crop_mode": "border"}, "crop_mode='border'"), ({"interpolation": "random"}, "interpolation='random'")],
+    ids=str,
+)
+def test_transforms_without_a_counterpart_are_refused_by_name(tmp_path, preprocessing, message):
+    folder = save_timm_folder(small_timm(), tmp_path / "timm", pretrained_cfg=preprocessing)
+    with pytest.raises(ValueError, match=message):
+        CrossViTImageProcessor.from_pretrained(folder)
+
+
+def test_rectangles_are_not_cropped_to_the_center(tmp_path):
+    folder = save_timm_folder(small_timm(img_size=(36, 18), patch_size=(6, 4)), tmp_path / "timm")
+    with pytest.raises(ValueError, match="36x18"):
+        CrossViTImageProcessor.from_pretrained(folder)
+
+
+def test_image_processor_of_nothing(tmp_path, small_config):
+    small_config.save_pretrained(tmp_path)  # A model without an image processor does not get one
+    with pytest.raises(OSError, match="image processor"):
+        CrossViTImageProcessor.from_pretrained(tmp_path)
+
+
+def test_save_load_keeps_weights_and_writes_our_names(timm_folder, tmp_path, caplog):
+    model = CrossViTForImageClassification.from_pretrained(timm_folder)
+    model.save_pretrained(tmp_path / "ours")
+    CrossViTImageProcessor.from_pretrained(timm_folder).save_pretrained(tmp_path / "ours")
+    assert_same_weights(load_file(tmp_path / "ours" / "model.safetensors"), source_weights(timm_folder))
+    assert json.loads((tmp_path / "ours" / "config.json").read_text())["model_type"] == "crossvit"
+
+    with caplog.at_level(logging.WARNING):
+        logging.getLogger("transformers").propagate = True
+        reloaded, info = CrossViTForImageClassification.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not caplog.records and not any(info.values())
+    assert_same_weights(reloaded.state_dict(), model.state_dict())
+    processor, expected = map(CrossViTImageProcessor.from_pretrained, (tmp_path / "ours", timm_folder))
+    assert processor.to_dict() == {**expected.to_dict(), **processor.to_dict()}
