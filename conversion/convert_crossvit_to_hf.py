@@ -25,7 +25,6 @@ those of timm's model first; nothing is written if they differ.
 import argparse
 import hashlib
 import json
-import pickle
 import re
 import shutil
 import tempfile
@@ -146,13 +145,17 @@ def read_pickle(path: Path) -> Any:
         # The reference's training script saves its options, a Namespace. Memory mapping would accept short records.
         with torch.serialization.safe_globals([Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
-    except pickle.UnpicklingError as error:  # whose message advises to execute the pickle
+    except OSError:
+        raise
+    # Of many types. Some messages are not repeated, since they advise to execute the pickle.
+    except Exception as error:
         if harmful := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ConversionError(
                 f"{path.name} is refused: its pickle asks for {harmful[1]}, which weights do not need. Nothing of it"
                 " was executed; save only the state dict."
             ) from error
-        raise ConversionError(f"{path.name} is damaged or not a file of weights") from error
+        reason = type(error).__name__ if "weights_only" in str(error) or isinstance(error, KeyError) else error
+        raise ConversionError(f"{path.name} is damaged or not a file of weights: {reason}") from error
 
 
 def choose_entry(checkpoint: Any, entry: str | None, name: str) -> Mapping[str, torch.Tensor]:
