@@ -1,321 +1,251 @@
-"""How time, memory and operations are measured."""
+"""The contenders of the benchmark, the work that they do, and how it is checked and measured."""
 
-import ctypes
-import gc
-import math
-import multiprocessing
 import os
 import platform
 import re
 import signal
-import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import timm
 import torch
 import transformers
-from reference import VARIANTS
-from timm_reference import timm_variant
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from safetensors.torch import save_file
+from timm.data import create_transform, resolve_data_config
+from torch.nn.functional import cross_entropy
+from torch.utils.benchmark import Timer
+from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+from transformers.utils.logging import disable_progress_bar
 
-from .contenders import (
-    COMPILE_OPTIONS,
-    CONTENDERS,
-    WEIGHTS_DTYPE,
-    Cell,
-    Step,
-    make_inputs,
-    make_loading_steps,
-    make_preprocessing_steps,
-    make_step,
-)
+from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor, CrossViTImageProcessorPil
 
 
-MIN_SECONDS = 0.05  # of a contender in a round, against the coarseness of clocks and short disturbances
+Step = Callable[[], Any]
+CONTENDERS = ("ours", "timm", "wrapper")
+COMPILE_MODES = {"compiled": "default", "reduce-overhead": "reduce-overhead"}
+IMAGE_PROCESSORS: dict[str, Any] = {"torchvision": CrossViTImageProcessor, "pil": CrossViTImageProcessorPil}
 MIN_ROUNDS = 3
-MAX_BATCH_SIZE = 1 << 16
-# By how much logits may differ, of the largest: 2e-6 and 2e-2 were seen. Convolutions on a GPU are in TF32 by default.
-TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "autocast": 5e-2}
-PIXEL_TOLERANCE = 2e-2  # Resizing by torchvision and by PIL rounds differently
+MIN_TURN_SECONDS = 0.05  # Shorter steps are repeated
+# Of the difference from timm, relative to timm's largest value. On a CPU logits differed by up to 9.3e-7 in float32
+# (a GPU computes convolutions in TF32, with 10 bits) and 1.7e-2 in bfloat16, pixel values by up to 1.4e-2.
+LOGITS_TOLERANCES = {"float32": 1e-3, "bfloat16": 5e-2}
+PIXEL_TOLERANCE = 2e-2
+
+disable_progress_bar()
 
 
-class DisagreementError(RuntimeError):
-    """Contenders that do not compute the same, so that their times mean nothing."""
+@dataclass(frozen=True)
+class Cell:
+    """What all contenders do in turns."""
+
+    variant: dict[str, Any]  # An entry of variants.json
+    task: str
+    batch_size: int
+    dtype: str
+    mode: str  # Of the models, or the backend of our image processor
+    attn_implementation: str | None  # Of our model
+    device: str
+
+    @property
+    def timm_name(self) -> str:
+        return self.variant["timm_id"].removeprefix("timm/")
 
 
-def machine() -> dict[str, Any]:
+def describe_machine(device: str) -> dict[str, Any]:
     cpu = platform.processor()
-    if (path := Path("/proc/cpuinfo")).is_file():
-        cpu = next(iter(re.findall(r"model name\s*: (.*)", path.read_text())), cpu)
+    if (cpuinfo := Path("/proc/cpuinfo")).is_file():
+        cpu = next(iter(re.findall(r"model name\s*: (.*)", cpuinfo.read_text())), cpu)
     return {
-        "cpu": cpu,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "CPU": cpu,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "cuda": torch.version.cuda,
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        "Python": platform.python_version(),
+        "PyTorch": torch.__version__,
+        "Transformers": transformers.__version__,
         "timm": timm.__version__,
-        "transformers": transformers.__version__,
     }
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+def make_inputs(cell: Cell) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same random images and labels for all."""
+    generator, size = torch.Generator().manual_seed(0), cell.variant["preprocessing"]["input"]
+    images = torch.randn(cell.batch_size, 3, size, size, generator=generator)
+    labels = torch.randint(1000, (cell.batch_size,), generator=generator)
+    return images.to(cell.device, getattr(torch, cell.dtype)), labels.to(cell.device)
 
 
-def time_calls(step: Step, calls: int, device: str, latency: bool = False) -> float:
-    """The seconds of a call; for the latency each call waits until the device has done the work."""
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(calls):
-        step()
-        if latency:
-            synchronize(device)
-    synchronize(device)
-    return (time.perf_counter() - start) / calls
+def build_model(name: str, cell: Cell) -> Any:
+    """A contender's model in evaluation mode, on the CPU in float32, with the same random weights for all."""
+    torch.manual_seed(0)
+    timm_model = timm.create_model(cell.timm_name).eval()
+    with torch.no_grad():
+        for parameter in timm_model.parameters():
+            # A fresh model would hide swapped norms, which are all one, and biases, which are all zero
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    options: dict[str, Any] = {"num_labels": 1000}
+    if name == "timm":
+        return timm_model
+    if name == "wrapper":
+        wrapper = TimmWrapperForImageClassification(TimmWrapperConfig(architecture=cell.timm_name, **options))
+        wrapper.timm_model = timm_model
+        return wrapper.eval()
+    return CrossViTForImageClassification.from_pretrained(
+        None,
+        config=CrossViTConfig(**cell.variant["config"], **options),
+        state_dict=timm_model.state_dict(),
+        attn_implementation=cell.attn_implementation,
+    )
 
 
-def time_rounds(
-    steps: dict[str, Step], rounds: int, seconds: float, device: str, latency: bool = False
-) -> dict[str, list[float]]:
-    """
-    The seconds of a call, by contender and round. In each round all contenders take their turn, in another order than
-    in the last one: what slows the machine for a while meets all of them.
+def get_logits(outputs: Any) -> torch.Tensor:
+    return outputs if isinstance(outputs, torch.Tensor) else outputs.logits
 
-    Args:
-        steps (`dict[str, Step]`): warmed up.
-        rounds (`int`): how many.
-        seconds (`float`): after which no round begins, but for the first `MIN_ROUNDS`.
-    """
-    calls = {
-        name: math.ceil(MIN_SECONDS / max(time_calls(step, 1, device, latency), 1e-6)) for name, step in steps.items()
+
+def make_model_step(name: str, cell: Cell) -> Step:
+    """A forward pass, or a training step with AdamW. It returns the logits."""
+    images, labels = make_inputs(cell)
+    model = build_model(name, cell).to(cell.device, getattr(torch, cell.dtype))
+    eager = cell.mode == "eager"
+    forward = model if eager else torch.compile(model, dynamic=False, mode=COMPILE_MODES[cell.mode])
+
+    @torch.inference_mode()
+    def infer() -> torch.Tensor:
+        return get_logits(forward(images))
+
+    def train() -> torch.Tensor:
+        logits = get_logits(forward(images))
+        cross_entropy(logits, labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return logits.detach()
+
+    if cell.task == "inference":
+        return infer
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)  # Small, so that the weights stay finite
+    return train
+
+
+def make_preprocessing_steps(cell: Cell) -> dict[str, Step]:
+    """Pixel values of images of 500x375 pixels."""
+    thumbnails = np.random.default_rng(0).integers(256, size=(cell.batch_size, 12, 16, 3), dtype=np.uint8)
+    images = [PIL.Image.fromarray(thumbnail).resize((500, 375)) for thumbnail in thumbnails]
+    edge, crop = (cell.variant["preprocessing"][name] for name in ("resize_shortest_edge", "center_crop"))
+    processor = IMAGE_PROCESSORS[cell.mode](size={"shortest_edge": edge}, crop_size={"height": crop, "width": crop})
+    pretrained_cfg = timm.get_pretrained_cfg(cell.timm_name).to_dict()
+    transform = create_transform(**resolve_data_config(pretrained_cfg=pretrained_cfg))
+    return {
+        "ours": lambda: processor(images, return_tensors="pt")["pixel_values"],
+        "timm": lambda: torch.stack([transform(image) for image in images]),
     }
+
+
+def make_loading_steps(cell: Cell, folder: Path) -> dict[str, Step]:
+    """A model from a safetensors file in `folder`, as each library loads its own."""
+    build_model("ours", cell).save_pretrained(folder / "ours")
+    build_model("wrapper", cell).save_pretrained(folder / "wrapper")
+    save_file(build_model("timm", cell).state_dict(), folder / "timm.safetensors")
+    return {
+        "ours": lambda: CrossViTForImageClassification.from_pretrained(folder / "ours"),
+        "timm": lambda: timm.create_model(cell.timm_name, checkpoint_path=folder / "timm.safetensors").eval(),
+        "wrapper": lambda: TimmWrapperForImageClassification.from_pretrained(folder / "wrapper"),
+    }
+
+
+def check_agreement(outcomes: dict[str, torch.Tensor], tolerance: float) -> float:
+    """
+    The largest difference from timm's outcome, relative to its largest value.
+
+    Raises:
+        `RuntimeError`: if it exceeds the tolerance.
+    """
+    expected = outcomes["timm"].float()
+    worst = 0.0
+    for name, outcome in outcomes.items():
+        difference = ((outcome.float() - expected).abs().max() / expected.abs().max()).item()
+        if not difference <= tolerance:  # True for NaN too
+            raise RuntimeError(f"{name} differs from timm by {difference:.1e}, more than {tolerance:.0e}: not timed")
+        worst = max(worst, difference)
+    return worst
+
+
+def time_in_turns(steps: dict[str, Step], seconds: float) -> dict[str, list[float]]:
+    """
+    The seconds of a step in each round. In a round all contenders take a turn, so that what slows the machine for a
+    while slows all of them. `Timer` calls the step once unmeasured, waits for the GPU and stops the garbage collector.
+    """
+    threads = torch.get_num_threads()
+    timers = {name: Timer("step()", globals={"step": step}, num_threads=threads) for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
-    order = list(steps)
-    end = time.perf_counter() + seconds
-    gc.collect()
-    gc.disable()
-    try:
-        for number in range(rounds):
-            if number >= MIN_ROUNDS and time.perf_counter() > end:
-                break
-            for name in order:
-                if device == "cuda":
-                    steps[name]()  # The allocator takes back first what the last contender left to it
-                times[name].append(time_calls(steps[name], calls[name], device, latency))
-            order.append(order.pop(0))
-    finally:
-        gc.enable()
+    end = time.monotonic() + seconds
+    while len(times["timm"]) < MIN_ROUNDS or time.monotonic() < end:
+        for name, timer in timers.items():
+            times[name].append(timer.blocked_autorange(min_run_time=MIN_TURN_SECONDS).median)
     return times
 
 
-def start_cublas() -> None:
-    """Lets cuBLAS take its workspaces, for forward and backward passes, lest they count as the first contender's."""
-    matrix = torch.ones(1, 1, device="cuda", requires_grad=True)
-    (matrix @ matrix).backward()
-
-
-def outcome(result: Any, cell: Cell) -> torch.Tensor:
-    """What contenders must agree on: the logits, or the pixel values."""
-    if isinstance(result, nn.Module):
-        with torch.no_grad():
-            outputs = result(make_inputs(cell)[0])
-        result = outputs if isinstance(outputs, torch.Tensor) else outputs.logits
-    return result.float().cpu()
-
-
-def largest_difference(outcomes: dict[str, torch.Tensor], cell: Cell) -> float:
+def measure_peak_memory(name: str, cell: Cell) -> tuple[int, np.ndarray]:
     """
-    How far contenders are from timm's outcome, as a share of its largest number.
-
-    Raises:
-        `DisagreementError`: if that is more than rounding.
+    The bytes that a model and two training steps take at most in this process, which must be a fresh one, and the
+    logits. On a CPU it is the growth of the resident memory, on a GPU what PyTorch allocates.
     """
-    expected = outcomes["timm"]
-    scale = expected.abs().max().item()
-    tolerance = PIXEL_TOLERANCE if cell.task == "preprocessing" else TOLERANCE[cell.dtype]
-    differences = {name: (found - expected).abs().max().item() / scale for name, found in outcomes.items()}
-    for name, difference in differences.items():
-        if not difference <= tolerance:
-            raise DisagreementError(f"{name} does not compute what timm does: off by {difference:.1e} of the largest")
-    return max(differences.values())
+    before = 0 if cell.device == "cuda" else peak_resident_bytes()
+    step = make_model_step(name, cell)
+    logits = step().float().cpu().numpy()
+    step()  # In the first one the optimizer's state came after the backward pass
+    peak = torch.cuda.max_memory_allocated() if cell.device == "cuda" else peak_resident_bytes()
+    return peak - before, logits
 
 
-def measure(cell: Cell, reference: nn.Module, rounds: int, seconds: float, with_memory: bool) -> dict[str, Any]:
+def peak_resident_bytes() -> int:
+    # Linux only. `resource.getrusage` would start from the memory of the process that started this one.
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def run_in_fresh_process(function: Callable, *arguments: Any) -> Any:
+    # Ctrl-C reaches that process as well, and ends it without a traceback
+    quietly: dict[str, Any] = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}
+    with ProcessPoolExecutor(1, get_context("spawn"), **quietly) as executor:
+        return executor.submit(function, *arguments).result()
+
+
+def measure(cell: Cell, seconds: float) -> dict[str, Any]:
     """
-    Measures a cell.
+    Measures a cell, once all contenders are found to compute the same.
 
     Returns:
-        `dict[str, Any]`: "rounds", of `time_rounds`; "difference", of `largest_difference`; and "memory", the peak
-        of each contender in bytes, where it was measured.
-    """
-    torch.compiler.reset()  # or PyTorch would silently stop to compile after some models
-    memory: dict[str, int | None] = {}
-    steps: dict[str, Step] = {}
-    outcomes: dict[str, torch.Tensor] = {}
-    compiled = cell.mode in COMPILE_OPTIONS
-
-    def warm_up(name: str) -> None:
-        outcomes[name] = outcome(steps[name](), cell)
-        # After the first call, which compiles, those that record a CUDA graph and replay it. The second step of a
-        # training needs the most memory. A slow processor has enough of one call and the one that counts the calls.
-        for _ in range(2 if compiled or cell.device == "cuda" else 0):
-            steps[name]()
-
-    with tempfile.TemporaryDirectory() as folder:
-        if cell.task in ("inference", "training"):
-            inputs = make_inputs(cell)
-            if cell.device == "cuda":
-                start_cublas()
-            for name in CONTENDERS[cell.mode]:
-                if cell.device == "cuda":
-                    gc.collect()
-                    torch.cuda.empty_cache()
-                    torch.cuda.reset_peak_memory_stats()
-                    before = torch.cuda.memory_allocated()
-                steps[name] = make_step(name, cell, reference, inputs)
-                warm_up(name)
-                if cell.device == "cuda":
-                    synchronize(cell.device)
-                    memory[name] = torch.cuda.max_memory_allocated() - before
-        else:
-            loading = cell.task == "loading"
-            steps = make_loading_steps(cell, reference, Path(folder)) if loading else make_preprocessing_steps(cell)
-            for name in steps:
-                warm_up(name)
-        difference = largest_difference(outcomes, cell)
-        times = time_rounds(steps, rounds, seconds, cell.device, latency=cell.batch_size == 1)
-    if with_memory and cell.device == "cpu" and not compiled and cell.task in ("inference", "training"):
-        memory = {name: memory_in_child(name, cell) for name in steps}
-    return {"rounds": times, "difference": difference, "memory": memory}
-
-
-def memory_in_child(name: str, cell: Cell) -> int | None:
-    """`peak_memory` in a fresh process. It is `None` if the system ends that process for want of memory."""
-    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-    if sys.platform == "linux":
-        context.set_forkserver_preload(
-            ["timm", "command_line", "transformers.models.timm_wrapper.modeling_timm_wrapper"]
-        )
-    try:
-        with ProcessPoolExecutor(1, context, end_quietly_on_interrupt) as executor:
-            return executor.submit(peak_memory, name, cell, torch.get_num_threads()).result()
-    except BrokenProcessPool:
-        return None
-
-
-def end_quietly_on_interrupt() -> None:
-    """Ctrl-C reaches the child too, which ends without a trace."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def peak_memory(name: str, cell: Cell, threads: int) -> int | None:
-    """
-    The bytes of memory that two steps of a contender take at most, beyond its weights and images: the growth of the
-    resident set of this process. `None` where the system does not tell, as only Linux does.
-    """
-    torch.set_num_threads(threads)
-    step = make_step(name, cell, timm_variant(VARIANTS[cell.variant]), make_inputs(cell))
-    gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # gives back what building the model has left
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        before = resident_bytes("VmRSS")
-        step()
-        step()
-        return resident_bytes("VmHWM") - before
-    except (AttributeError, OSError):
-        return None
-
-
-def resident_bytes(field: str) -> int:
-    return 1024 * int(re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
-
-
-def find_largest_batch(cell: Cell, reference: nn.Module) -> int:
-    """
-    The largest batch size with which all contenders run, to an eighth.
+        `dict[str, Any]`: "values", by contender: the seconds of a step in each round, or the bytes; and "difference",
+        of `check_agreement`.
 
     Raises:
-        `torch.OutOfMemoryError`: if not even one image fits.
+        `RuntimeError`: if contenders do not compute the same.
     """
-    fitting, too_large = 0, None
-    size = 256
-    while 1 <= size <= MAX_BATCH_SIZE:
-        if fits(replace(cell, batch_size=size, mode="eager"), reference):
-            fitting = size
+    torch.compiler.reset()  # PyTorch stops compiling after a number of models
+    tolerance = PIXEL_TOLERANCE if cell.task == "preprocessing" else LOGITS_TOLERANCES[cell.dtype]
+    if cell.task == "memory":
+        found = {name: run_in_fresh_process(measure_peak_memory, name, cell) for name in CONTENDERS}
+        outcomes = {name: torch.from_numpy(logits) for name, (_, logits) in found.items()}
+        difference = check_agreement(outcomes, tolerance)
+        return {"values": {name: [peak] for name, (peak, _) in found.items()}, "difference": difference}
+    with tempfile.TemporaryDirectory() as folder:
+        if cell.task == "preprocessing":
+            steps = make_preprocessing_steps(cell)
+            outcomes = {name: step() for name, step in steps.items()}
+        elif cell.task == "loading":
+            steps = make_loading_steps(cell, Path(folder))
+            with torch.no_grad():
+                outcomes = {name: get_logits(step()(make_inputs(cell)[0].cpu())) for name, step in steps.items()}
         else:
-            too_large = size
-        if too_large is None:
-            size = 2 * fitting
-        elif fitting == 0:
-            size = too_large // 2
-        elif too_large - fitting <= max(1, fitting // 8):
-            break
-        else:
-            size = (fitting + too_large) // 2
-    if fitting == 0:
-        raise torch.OutOfMemoryError("the GPU has no memory for one image")
-    return fitting
-
-
-def fits(cell: Cell, reference: nn.Module) -> bool:
-    steps: list[Step] = []
-    try:
-        inputs = make_inputs(cell)
-        # The others' weights stay beside those of the one that runs, as when they are measured
-        for name in CONTENDERS[cell.mode]:
-            steps.append(make_step(name, cell, reference, inputs))
-            for _ in range(2):  # the first step of a training makes the state of the optimizer
-                steps[-1]()
-            synchronize(cell.device)
-            torch.cuda.empty_cache()
-        return True
-    except RuntimeError:  # out of memory, or more numbers than a kernel can index
-        return False
-    finally:
-        steps.clear()
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-def count_flops(name: str, cell: Cell, reference: nn.Module) -> int:
-    """The floating point operations per image of a contender's matrix products and convolutions, attention's too."""
-    single = Cell(cell.variant, cell.task, batch_size=1)
-    step = make_step(name, single, reference, make_inputs(single))
-    # The counter does not know the fused attention of the CPU
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        step()
-    return counter.get_total_flops()
-
-
-def measure_limits(dtypes: list[str], device: str) -> dict[str, Any]:
-    """What the machine can do: operations per second of a large matrix product, bytes per second of a large copy."""
-    side = 8192 if device == "cuda" else 2048
-    matrix = {}
-    for dtype in {"bfloat16" if dtype == "autocast" else dtype for dtype in dtypes}:
-        left, right = torch.randn(2, side, side, device=device, dtype=WEIGHTS_DTYPE[dtype])
-        matrix[dtype] = 2 * side**3 / best_seconds(partial(torch.matmul, left, right), device)
-    if "autocast" in dtypes:
-        matrix["autocast"] = matrix["bfloat16"]
-    source = torch.ones(1 << 28, device=device)  # 1 GiB
-    target = torch.empty_like(source)
-    seconds = best_seconds(lambda: target.copy_(source), device)
-    return {"matrix": matrix, "copy": 2 * source.nbytes / seconds}  # it reads and it writes
-
-
-def best_seconds(step: Step, device: str) -> float:
-    step()
-    return min(time_rounds({"limit": step}, 5, 5.0, device)["limit"])
+            steps = {name: make_model_step(name, cell) for name in CONTENDERS}
+            outcomes = {name: step().clone() for name, step in steps.items()}
+        difference = check_agreement(outcomes, tolerance)
+        return {"values": time_in_turns(steps, seconds), "difference": difference}
