@@ -29,7 +29,6 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any, Self
 
 import torch
@@ -590,28 +589,9 @@ def get_drop_path_rates(config: CrossViTConfig) -> list[list[float]]:
     return [[step * (start + layer) for layer in range(length)] for start, length in zip(starts, lengths)]
 
 
-# Every hidden state is what a `CrossViTBranchTokens` returns. Both options are assigned, not passed: transformers
-# before 5.9 does not know the first one, before 5.23 not the second.
-hidden_states_recorder = OutputRecorder(target_class=CrossViTBranchTokens)
-hidden_states_recorder.capture_initial_hidden_state = False
+# Assigned rather than passed, since Transformers knows this option from 5.23 on only
+hidden_states_recorder = OutputRecorder(target_class=CrossViTBranchTokens, capture_initial_hidden_state=False)
 hidden_states_recorder.num_hidden_layers_key = "num_hidden_states"
-
-
-def capture_branch_outputs(forward: Callable) -> Callable:
-    """`capture_outputs`, less the pixels that transformers before 5.9 records as the first hidden state."""
-    captured_forward = capture_outputs(forward, tie_last_hidden_states=False)
-    if "capture_initial_hidden_state" in OutputRecorder.__dataclass_fields__:
-        return captured_forward
-
-    @wraps(captured_forward)
-    def wrapper(self, *args, **kwargs):
-        return_dict = kwargs.pop("return_dict", self.config.return_dict)
-        outputs = captured_forward(self, *args, return_dict=True, **kwargs)
-        if outputs.hidden_states is not None:
-            outputs.hidden_states = outputs.hidden_states[1:]
-        return outputs if return_dict else outputs.to_tuple()
-
-    return wrapper
 
 
 def check_pixel_values(pixel_values: torch.Tensor | None, num_channels: int):
@@ -758,7 +738,7 @@ class CrossViTModel(CrossViTPreTrainedModel):
         # Initialize weights and apply final processing
         self.post_init()
 
-    @capture_branch_outputs
+    @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,

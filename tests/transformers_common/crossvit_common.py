@@ -147,7 +147,7 @@ from tests import (  # noqa: E402
 
 if importlib.util.find_spec("tests.test_fsdp_mixin"):
     from tests import test_fsdp_mixin
-else:  # Transformers 5.4
+else:  # Transformers 5.10
     test_fsdp_mixin = types.SimpleNamespace(FSDPTesterMixin=type("FSDPTesterMixin", (), {}))
 
 # The tests know the models of Transformers by name,
@@ -173,7 +173,7 @@ test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None
 test_fsdp_mixin._get_available_fsdp_workers = lambda: 4
 test_fsdp_mixin.SINGLE_PROCESS_DEVICES = {torch_device} - {"cpu"}
 
-# Transformers 5.4 downloads the photo itself
+# Transformers 5.10 downloads the photo itself
 test_image_processing_common.httpx = types.SimpleNamespace(
     get=lambda url, **kwargs: types.SimpleNamespace(content=png.getvalue())
 )
@@ -367,6 +367,6 @@ class CrossViTImageProcessingTest(test_image_processing_common.ImageProcessingTe
         self.image_processor_tester = CrossViTImageProcessingTester()
 
     def test_call_numpy_4_channels(self):
-        # Arrays are converted to RGB too, so this must be off: later releases than 5.4 turn it off themselves
+        # Arrays are converted to RGB too, so this must be off; in Transformers 5.10 the test does not turn it off
         with patch.dict(self.image_processor_dict, do_convert_rgb=False):
             super().test_call_numpy_4_channels()
