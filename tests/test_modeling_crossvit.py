@@ -13,7 +13,6 @@ from crossvit import (
     CrossViTConfig,
     CrossViTForImageClassification,
     CrossViTModel,
-    modeling_crossvit,
 )
 from crossvit.modeling_crossvit import CrossViTCrossAttention, CrossViTSelfAttention
 
@@ -236,7 +235,9 @@ def test_attention_goes_through_the_interface(model, pixel_values):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("implementation", ["sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "implementation", ["sdpa", "blockwise", pytest.param("flex_attention", marks=pytest.mark.slow)]
+)
 def test_attention_implementations_agree(small_config, pixel_values, implementation):
     small_config.depth = ((1, 1, 0),)  # flex attention is compiled
     model = perturb(CrossViTForImageClassification(small_config)).eval()
@@ -342,70 +343,6 @@ def test_fusions_drop_attention_in_training_alone(small_config, pixel_values):
     expected = model.eval()(pixel_values).logits
     torch.testing.assert_close(model(pixel_values).logits, expected)
     assert (model.train()(pixel_values).logits - expected).abs().max() > 1e-3
-
-
-def test_blockwise_attention_is_attention(monkeypatch):
-    query, key, value = torch.randn(3, 5, 2, 7, 4, requires_grad=True).unbind(0)
-    module = torch.nn.Module()
-    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=0.3).transpose(1, 2)
-    expected_gradients = torch.autograd.grad(expected.square().sum(), (query, key, value))
-    for images in (1, 2, 5, 100):
-        monkeypatch.setattr(modeling_crossvit, "BLOCK_BYTES", images * 2 * 7 * 7 * 4)
-        output, _ = modeling_crossvit.blockwise_attention_forward(module, query, key, value, None, scaling=0.3)
-        torch.testing.assert_close(output, expected)
-        gradients = torch.autograd.grad(output.square().sum(), (query, key, value))
-        torch.testing.assert_close(gradients, expected_gradients)
-
-    ones = torch.ones(1, 1, 8, 256)
-    output, _ = modeling_crossvit.blockwise_attention_forward(
-        module.train(), ones, torch.ones(1, 1, 256, 256), torch.ones(1, 1, 256, 256), None, scaling=1.0, dropout=0.5
-    )
-    assert 0.7 < output.mean() < 1.3 and (output - 1).abs().max() > 1e-2  # weights were dropped, the others doubled
-
-
-@torch.no_grad()
-def test_bfloat16_is_attended_blockwise_on_cpus_where_that_is_faster(model, pixel_values, monkeypatch):
-    monkeypatch.setattr(modeling_crossvit, "CPU_CAPABILITIES", {"avx512_bf16": True})
-    used = []
-    blockwise = modeling_crossvit.blockwise_attention_forward
-
-    def count(module, query, *args, **kwargs):
-        used.append(query.dtype)
-        return blockwise(module, query, *args, **kwargs)
-
-    monkeypatch.setattr(modeling_crossvit, "blockwise_attention_forward", count)
-    expected = model(pixel_values).logits
-    assert not used  # in float32
-    with torch.autocast("cpu", torch.bfloat16):
-        model(pixel_values)
-    assert used == [torch.bfloat16] * 6  # layers
-    half = copy.deepcopy(model).bfloat16()
-    logits = half(pixel_values).logits
-    assert len(used) == 12
-    torch.testing.assert_close(logits.float(), expected, atol=5e-2, rtol=0)
-
-    # A program holds no number of blocks: it takes any batch
-    exported = torch.export.export(
-        half, (pixel_values.bfloat16(),), dynamic_shapes=({0: torch.export.Dim("batch", max=64)},)
-    )
-    for batch_size in (1, 5):
-        batch = torch.randn(batch_size, 3, 36, 36).bfloat16()
-        torch.testing.assert_close(exported.module()(batch).logits, half(batch).logits, atol=5e-2, rtol=0)
-    assert len(used) == 12 + 2 * 6
-
-    monkeypatch.setattr(modeling_crossvit, "BLOCK_BYTES", 2 * 4 * 17 * 17 // 8)  # Images of more than 8 blocks
-    half(pixel_values)
-    assert len(used) == 12 + 2 * 6 + 3  # those of the smaller weights
-    half.set_attn_implementation("eager")
-    half(pixel_values)
-    half.set_attn_implementation("sdpa")
-    for capabilities in ({}, {"avx512_bf16": False, "amx_tile": False}, {"avx512_bf16": True, "amx_tile": True}):
-        monkeypatch.setattr(modeling_crossvit, "CPU_CAPABILITIES", capabilities)
-        half(pixel_values)
-    assert len(used) == 12 + 2 * 6 + 3
-    with torch.enable_grad():  # With AMX, the last of these, for the backward pass alone
-        half(pixel_values)
-    assert len(used) == 12 + 2 * 6 + 2 * 3
 
 
 @torch.no_grad()

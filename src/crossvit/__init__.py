@@ -11,16 +11,23 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""CrossViT for Transformers. Importing it makes the Auto classes and pipelines know the model type "crossvit"."""
+"""
+CrossViT for Transformers. Importing it registers the model type "crossvit" with the Auto classes and pipelines, and
+the attention implementation "blockwise".
+"""
 
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoBackbone,
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
 )
+from transformers.masking_utils import sdpa_mask
 
+from .attention import blockwise_attention_forward
 from .configuration_crossvit import CrossViTConfig
 from .image_processing_crossvit import CrossViTImageProcessor
 from .image_processing_pil_crossvit import CrossViTImageProcessorPil
@@ -44,6 +51,9 @@ AutoImageProcessor.register(
     image_processor_classes={"torchvision": CrossViTImageProcessor, "pil": CrossViTImageProcessorPil},
     exist_ok=True,
 )
+# What blockwise attention cannot do it leaves to sdpa, hence the masks of sdpa
+AttentionInterface.register("blockwise", blockwise_attention_forward)
+AttentionMaskInterface.register("blockwise", sdpa_mask)
 
 __all__ = [
     "CrossViTBackbone",

@@ -27,7 +27,7 @@ arXiv:2103.14899). Reproduces the authors' code (IBM/CrossViT, models/crossvit.p
 import copy
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -46,12 +46,6 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_crossvit import AUTO_MAP, CrossViTConfig, code_kept
 from .timm_checkpoints import KEY_MAPPING
-
-
-# Attention weights of as many bytes stay in the caches of current CPUs (measured with 2 MiB to 16 MiB)
-BLOCK_BYTES = 4 * 2**20
-# What the CPU can do, by name; older releases of torch do not say
-CPU_CAPABILITIES: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
 
 
 @dataclass
@@ -244,41 +238,6 @@ def eager_attention_forward(
     return attn_output, attn_weights
 
 
-def blockwise_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, None]:
-    """Eager attention of a few images at a time, whose weights stay in the cache of a CPU until they are used."""
-    weights_per_image = query.shape[1] * query.shape[2] * key.shape[2]
-    block_size = max(1, BLOCK_BYTES // (weights_per_image * query.element_size()))
-    blocks = zip(*(states.split(block_size) for states in (query, key, value)))
-    attn_outputs = []
-    for query_block, key_block, value_block in blocks:
-        attn_weights = torch.matmul(query_block * scaling, key_block.transpose(2, 3)).softmax(dim=-1)
-        attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
-        attn_outputs.append(torch.matmul(attn_weights, value_block).transpose(1, 2))
-    return torch.cat(attn_outputs), None
-
-
-def is_faster_blockwise(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether to use `blockwise_attention_forward` for sdpa, which takes twice as long on some CPUs in bfloat16."""
-    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # A program holds no number of blocks
-    if query.device.type != "cpu" or query.dtype != torch.bfloat16 or is_traced:
-        return False
-    # With AMX that is so for the backward pass alone; CPUs without either were not measured
-    needs_backward = torch.is_grad_enabled() and query.requires_grad
-    if not CPU_CAPABILITIES.get("avx512_bf16") or (CPU_CAPABILITIES.get("amx_tile") and not needs_backward):
-        return False
-    weights_per_image = query.shape[1] * query.shape[2] * key.shape[2]
-    return weights_per_image * query.element_size() <= 8 * BLOCK_BYTES  # Beyond, memory matters more
-
-
 def is_plain_linear(module: nn.Module) -> bool:
     """
     Whether the weight and the bias of a projection are all there is to it. Adapters, quantization, sharding and
@@ -318,8 +277,6 @@ class CrossViTAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        if self.config._attn_implementation == "sdpa" and is_faster_blockwise(query_states, key_states):
-            attention_interface = blockwise_attention_forward
         attn_output, attn_weights = attention_interface(
             self,
             query_states,
@@ -373,7 +330,7 @@ class CrossViTCrossAttention(CrossViTAttention):
     def can_absorb_projections(self) -> bool:
         """Other attention implementations were chosen for what they do, and dropped weights do not sum to one."""
         return (
-            self.config._attn_implementation == "sdpa"
+            self.config._attn_implementation in ("sdpa", "blockwise")
             and is_plain_linear(self.k_proj)
             and is_plain_linear(self.v_proj)
             and not (self.training and self.attention_dropout > 0.0)
