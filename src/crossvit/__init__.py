@@ -46,11 +46,13 @@ AutoConfig.register(CrossViTConfig.model_type, CrossViTConfig, exist_ok=True)
 AutoModel.register(CrossViTConfig, CrossViTModel, exist_ok=True)
 AutoModelForImageClassification.register(CrossViTConfig, CrossViTForImageClassification, exist_ok=True)
 AutoBackbone.register(CrossViTConfig, CrossViTBackbone, exist_ok=True)
-AutoImageProcessor.register(
-    CrossViTConfig,
-    image_processor_classes={"torchvision": CrossViTImageProcessor, "pil": CrossViTImageProcessorPil},
-    exist_ok=True,
-)
+# Transformers 5.10 has no `AutoImageProcessor` where torchvision cannot be imported
+if not getattr(AutoImageProcessor, "is_dummy", False):
+    AutoImageProcessor.register(
+        CrossViTConfig,
+        image_processor_classes={"torchvision": CrossViTImageProcessor, "pil": CrossViTImageProcessorPil},
+        exist_ok=True,
+    )
 # What blockwise attention cannot do it leaves to sdpa, hence the masks of sdpa
 AttentionInterface.register("blockwise", blockwise_attention_forward)
 AttentionMaskInterface.register("blockwise", sdpa_mask)

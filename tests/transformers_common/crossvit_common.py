@@ -159,10 +159,14 @@ for mapping, model_class in {
     names = getattr(test_modeling_common, mapping)
     setattr(test_modeling_common, mapping, {**names, "crossvit": model_class.__name__})
 test_pipeline_mixin.transformers_module = crossvit
-# also in the script of a process that they start (without torchvision),
+# also in the script of a process that they start, where torchvision cannot be imported,
 test_image_processing_common.subprocess = types.SimpleNamespace(
     run=lambda command, **kwargs: subprocess.run(
-        [argument.replace("import pickle", "import crossvit, pickle") for argument in command], **kwargs
+        [
+            argument.replace("from transformers import", "import crossvit\nfrom transformers import")
+            for argument in command
+        ],
+        **kwargs,
     )
 )
 # and run some for a few of them only, because they are slow
