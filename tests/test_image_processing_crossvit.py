@@ -1,15 +1,13 @@
 """The image processors against timm's evaluation transform, the preprocessing of the published checkpoints."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import PIL.Image
 import pytest
 import timm
 import torch
+from python_process import run_python
 from timm.data import create_transform, resolve_data_config
 from torchvision.transforms import functional as F
 from transformers.image_processing_backends import PilBackend, TorchvisionBackend
@@ -238,95 +236,25 @@ def test_save_load_keeps_pixel_values(backend, side, tmp_path):
 
 
 def test_without_torchvision_images_are_processed_by_pil(tmp_path):
-    code = """
-import sys
-sys.modules["torchvision"] = None  # an import of it fails from here on
-import crossvit, PIL.Image, torch
-from transformers import AutoImageProcessor, pipeline
+    run_python(
+        """
+        import sys
+        sys.modules["torchvision"] = None  # an import of it fails from here on
+        import crossvit, PIL.Image, torch
+        from transformers import AutoImageProcessor, pipeline
 
-try:
-    crossvit.CrossViTImageProcessor()
-except ImportError as error:
-    assert "Torchvision" in str(error), error
-crossvit.CrossViTImageProcessorPil().save_pretrained(".")
-crossvit.CrossViTForImageClassification(crossvit.CrossViTConfig(depth=((1, 1, 0),))).save_pretrained(".")
-image = PIL.Image.new("RGB", (300, 250))
-assert crossvit.CrossViTImageProcessorPil.from_pretrained(".")(image).pixel_values[0].shape == (3, 240, 240)
-if not getattr(AutoImageProcessor, "is_dummy", False):  # as in Transformers 5.10
-    assert type(AutoImageProcessor.from_pretrained(".")) is crossvit.CrossViTImageProcessorPil
-    assert len(pipeline("image-classification", model=".")(image)) == 2
-assert {"datasets", "timm"}.isdisjoint(sys.modules)
-"""
-    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-
-
-# Remote code
-
-
-LOAD_WITHOUT_THE_PACKAGE = """
-import sys
-
-sys.modules["crossvit"] = None  # as if it were not installed
-import numpy as np
-from transformers import AutoImageProcessor
-
-image = np.load("image.npy")
-for saved in ("torchvision", "pil"):
-    for backend in (None, "torchvision", "pil"):
-        processor = AutoImageProcessor.from_pretrained(saved, trust_remote_code=True, backend=backend)
-        assert type(processor).__module__.startswith("transformers_modules."), type(processor)
-        print(saved, backend, type(processor).__name__, processor.crop_size.height)
-        np.save(f"{saved}_{backend}.npy", processor(image, return_tensors="np").pixel_values)
-        processor.save_pretrained(f"again_{saved}")  # the files travel on
-    processor = AutoImageProcessor.from_pretrained(f"again_{saved}", trust_remote_code=True, backend="torchvision")
-    print(saved, "again", type(processor).__name__, processor.crop_size.height)
-"""
-
-
-def test_remote_code_loads_both_backends_without_the_package(tmp_path, monkeypatch):
-    processors = {"torchvision": CrossViTImageProcessor(), "pil": CrossViTImageProcessorPil()}
-    for name, processor in processors.items():
-        monkeypatch.setattr(type(processor), "_auto_class", None)  # undone after the test
-        processor.register_for_auto_class()
-        processor.save_pretrained(tmp_path / name)
-        assert {path.name for path in (tmp_path / name).iterdir()} == {
-            "preprocessor_config.json",
-            "image_processing_crossvit.py",
-            "image_processing_pil_crossvit.py",
-            "timm_checkpoints.py",
-        }
-    image = np.array(picture(301, 275))
-    np.save(tmp_path / "image.npy", image)
-    child = subprocess.run(
-        [sys.executable, "-I", "-c", LOAD_WITHOUT_THE_PACKAGE],
-        cwd=tmp_path,
-        env={**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
+        try:
+            crossvit.CrossViTImageProcessor()
+        except ImportError as error:
+            assert "Torchvision" in str(error), error
+        crossvit.CrossViTImageProcessorPil().save_pretrained(".")
+        crossvit.CrossViTForImageClassification(crossvit.CrossViTConfig(depth=((1, 1, 0),))).save_pretrained(".")
+        image = PIL.Image.new("RGB", (300, 250))
+        assert crossvit.CrossViTImageProcessorPil.from_pretrained(".")(image).pixel_values[0].shape == (3, 240, 240)
+        if not getattr(AutoImageProcessor, "is_dummy", False):  # as in Transformers 5.10
+            assert type(AutoImageProcessor.from_pretrained(".")) is crossvit.CrossViTImageProcessorPil
+            assert len(pipeline("image-classification", model=".")(image)) == 2
+        assert {"datasets", "timm"}.isdisjoint(sys.modules)
+        """,
+        tmp_path,
     )
-    assert child.returncode == 0, child.stderr
-    assert child.stdout.splitlines() == [
-        f"{saved} {line}"
-        for saved in processors
-        for line in (
-            "None CrossViTImageProcessor 240",
-            "torchvision CrossViTImageProcessor 240",
-            "pil CrossViTImageProcessorPil 240",
-            "again CrossViTImageProcessor 240",
-        )
-    ]
-    for saved in processors:
-        for name, processor in processors.items():
-            values = np.load(tmp_path / f"{saved}_{name}.npy")
-            assert np.array_equal(values, processor(image, return_tensors="np").pixel_values)
-
-
-def test_remote_code_of_a_subclass_names_the_subclass(tmp_path, monkeypatch):
-    class OwnImageProcessor(CrossViTImageProcessor):
-        pass
-
-    OwnImageProcessor.register_for_auto_class()
-    OwnImageProcessor().save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
-    assert saved["auto_map"] == {"AutoImageProcessor": f"{__name__.split('.')[-1]}.OwnImageProcessor"}

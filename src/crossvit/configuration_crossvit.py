@@ -13,8 +13,6 @@
 # limitations under the License.
 """CrossViT model configuration"""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -22,6 +20,7 @@ from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
+from .remote_code import AUTO_MAP, RemoteCodeMixin  # noqa: F401
 from .timm_checkpoints import is_timm_config, read_model_config
 
 
@@ -34,32 +33,6 @@ SEQUENCES = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp
 # `multi_conv` is defined for these patch sizes only (models/crossvit.py of the authors' code, class PatchEmbed).
 MULTI_CONV_PATCH_SIZES = (12, 16)
 
-# The files of a checkpoint that carries its code, by the Auto class that loads them.
-AUTO_MAP = {
-    "AutoConfig": "configuration_crossvit.CrossViTConfig",
-    "AutoModel": "modeling_crossvit.CrossViTModel",
-    "AutoModelForImageClassification": "modeling_crossvit.CrossViTForImageClassification",
-    "AutoBackbone": "modeling_crossvit.CrossViTBackbone",
-}
-
-
-@contextmanager
-def code_kept(instance: Any, auto_class: str | None, auto_map: dict[str, Any] | None) -> Iterator[None]:
-    """
-    A checkpoint that has its code beside its weights (`auto_map`) keeps it when it is saved again, fine-tuned for
-    example: the classes of its code copy their files, those of the package do so inside this context.
-    """
-    has_code = bool(auto_map) and not any("--" in str(reference) for reference in auto_map.values())
-    if not has_code or auto_class is None or instance._auto_class is not None:
-        yield
-        return
-    # Transformers asks the class
-    type(instance).register_for_auto_class(auto_class)
-    try:
-        yield
-    finally:
-        del type(instance)._auto_class
-
 
 def to_tuple(value: Any) -> Any:
     """Lists, which is what JSON makes of tuples, become tuples again, nested ones too."""
@@ -67,7 +40,7 @@ def to_tuple(value: Any) -> Any:
 
 
 @strict
-class CrossViTConfig(BackboneConfigMixin, PreTrainedConfig):
+class CrossViTConfig(RemoteCodeMixin, BackboneConfigMixin, PreTrainedConfig):
     r"""
     Configuration of a CrossViT model ([CrossViT: Cross-Attention Multi-Scale Vision Transformer for Image
     Classification](https://huggingface.co/papers/2103.14899)). The defaults are those of `crossvit_15`.
@@ -290,12 +263,9 @@ class CrossViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
-        # The default depends on `depth`: written down it would contradict a depth that is changed at loading.
+        # The default depends on `depth`: saved, it would contradict another `depth` that is passed when loading
         if output["out_features"] == self.stage_names[-1:]:
             del output["out_features"], output["out_indices"]
-        # Transformers records the class that was saved; its file holds the other ones too.
-        if any(reference.startswith("modeling_crossvit.") for reference in output.get("auto_map", {}).values()):
-            output["auto_map"] = {**AUTO_MAP, **output["auto_map"]}
         return output
 
 

@@ -18,7 +18,8 @@ from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import SizeDict
 from transformers.utils import is_torchvision_available, requires_backends
 
-from .image_processing_pil_crossvit import CrossViTBaseImageProcessor
+# Remote code finds both classes in this file
+from .image_processing_pil_crossvit import CrossViTBaseImageProcessor, CrossViTImageProcessorPil  # noqa: F401
 
 
 if is_torchvision_available():

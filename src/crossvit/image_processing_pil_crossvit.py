@@ -13,8 +13,7 @@
 # limitations under the License.
 """Image processor class for CrossViT, PIL backend: equal to timm's evaluation transform."""
 
-import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -29,22 +28,14 @@ from transformers.image_utils import (
     infer_channel_dimension_format,
 )
 
+from .remote_code import AUTO_MAP, RemoteCodeMixin
 from .timm_checkpoints import is_timm_config, read_image_processor_config
 
 
-if TYPE_CHECKING:
-    # A checkpoint with its own code carries the files that relative imports name: with this line, both backends.
-    from .image_processing_crossvit import CrossViTImageProcessor  # noqa: F401
+REMOTE_CODE_CLASSES = AUTO_MAP["AutoImageProcessor"]
 
 
-# Where `AutoImageProcessor` finds the class of each backend in a checkpoint with its own code.
-REMOTE_CODE_CLASSES = {
-    "torchvision": "image_processing_crossvit.CrossViTImageProcessor",
-    "pil": "image_processing_pil_crossvit.CrossViTImageProcessorPil",
-}
-
-
-class CrossViTBaseImageProcessor(BaseImageProcessor):
+class CrossViTBaseImageProcessor(RemoteCodeMixin, BaseImageProcessor):
     """
     What both backends share: the defaults, how images are read, and timm's configurations. The defaults are those of
     the checkpoints for 240 pixels; the ones for 408 pixels have `size={"shortest_edge": 408}` and
@@ -114,28 +105,6 @@ class CrossViTBaseImageProcessor(BaseImageProcessor):
             if not is_timm_config(config):
                 raise error
         return (read_image_processor_config(config) if is_timm_config(config) else config), kwargs
-
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
-        """As every image processor; a checkpoint that carries its code keeps it."""
-        # Saving replaces the names of both classes by that of one
-        code = getattr(self, "auto_map", {}).get("AutoImageProcessor")
-        if self._auto_class is not None or code not in (REMOTE_CODE_CLASSES, *REMOTE_CODE_CLASSES.values()):
-            return super().save_pretrained(save_directory, **kwargs)
-        # For this once, as the classes of that code have it
-        self._auto_class = "AutoImageProcessor"  # type: ignore[assignment]
-        try:
-            return super().save_pretrained(save_directory, **kwargs)
-        finally:
-            del self._auto_class
-
-    def to_dict(self) -> dict[str, Any]:
-        """Serialises the options. Remote code names the classes of both backends, not that of the saved one alone."""
-        processor_dict = super().to_dict()
-        processor_dict.pop("_auto_class", None)
-        auto_map = processor_dict.get("auto_map", {})
-        if auto_map.get("AutoImageProcessor") in REMOTE_CODE_CLASSES.values():
-            auto_map["AutoImageProcessor"] = dict(REMOTE_CODE_CLASSES)
-        return processor_dict
 
 
 class CrossViTImageProcessorPil(CrossViTBaseImageProcessor, PilBackend):

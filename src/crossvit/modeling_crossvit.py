@@ -44,7 +44,7 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_crossvit import AUTO_MAP, CrossViTConfig, code_kept
+from .configuration_crossvit import CrossViTConfig
 from .timm_checkpoints import KEY_MAPPING
 
 
@@ -619,13 +619,9 @@ class CrossViTPreTrainedModel(PreTrainedModel):
         """As [`~PreTrainedModel.from_pretrained`], also for the weights of timm and of the authors' code."""
         return super().from_pretrained(*args, key_mapping=key_mapping, **kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
-        """As [`~PreTrainedModel.save_pretrained`]; a checkpoint that carries its code keeps it."""
-        kwargs["save_original_format"] = False  # Otherwise Transformers restores the names of a timm checkpoint
-        class_names = {name.split(".")[-1]: auto_class for auto_class, name in AUTO_MAP.items()}
-        auto_map = getattr(self.config, "auto_map", None)
-        with code_kept(self, class_names.get(type(self).__name__), auto_map):
-            super().save_pretrained(save_directory, **kwargs)
+    def save_pretrained(self, save_directory: str | os.PathLike, *, save_original_format: bool = False, **kwargs):
+        """As [`~PreTrainedModel.save_pretrained`], but a checkpoint of timm is saved with our names."""
+        super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
 
     @property
     def branch_embeddings(self) -> list[CrossViTEmbeddings]:
