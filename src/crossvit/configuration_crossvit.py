@@ -20,7 +20,8 @@ from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
-from .remote_code import AUTO_MAP, RemoteCodeMixin  # noqa: F401
+from .remote_code import AUTO_MAP as AUTO_MAP
+from .remote_code import RemoteCodeMixin
 from .timm_checkpoints import is_timm_config, read_model_config
 
 
