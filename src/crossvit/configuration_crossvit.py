@@ -36,7 +36,7 @@ MULTI_CONV_PATCH_SIZES = (12, 16)
 
 
 def to_tuple(value: Any) -> Any:
-    """Lists, which is what JSON makes of tuples, become tuples again, nested ones too."""
+    """Turns lists into tuples, nested ones too: JSON knows only lists."""
     return tuple(to_tuple(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
@@ -47,14 +47,14 @@ class CrossViTConfig(RemoteCodeMixin, BackboneConfigMixin, PreTrainedConfig):
     Classification](https://huggingface.co/papers/2103.14899)). The defaults are those of `crossvit_15`.
 
     CrossViT runs several *branches* side by side, each a ViT with its own patch size, width and image size, the branch
-    of the smallest patches first. Every *stage* ends by letting the class token of each branch attend to the patches
-    of the next one (*fusion*). Where an argument has an entry per branch, its order is that of the branches.
+    with the smallest patches first. At the end of every *stage* the class token of each branch attends to the patches
+    of the next branch (*fusion*). Arguments with an entry per branch are in the order of the branches.
 
     Args:
         image_size (`int` or `tuple`, *optional*, defaults to `(240, 224)`):
             Native size of each branch in pixels: an `int` (square) or `(height, width)` per branch, or one `int` for
-            all of them. A branch resizes an input of another size to its own (bicubic, not antialiased). What is left
-            of a side after whole patches is not seen, as in ViT.
+            all of them. A branch resizes inputs of another size to its own (bicubic, not antialiased). Pixels beyond
+            the last whole patch are ignored, as in ViT.
         patch_size (`tuple[int, ...]`, *optional*, defaults to `(12, 16)`):
             Side of the square patches of each branch, in pixels.
         num_channels (`int`, *optional*, defaults to 3):
@@ -63,18 +63,18 @@ class CrossViTConfig(RemoteCodeMixin, BackboneConfigMixin, PreTrainedConfig):
             Width of the tokens of each branch. Its length is the number of branches, two or more.
         depth (`tuple[tuple[int, ...], ...]`, *optional*, defaults to `((1, 5, 0), (1, 5, 0), (1, 5, 0))`):
             Per stage, the number of Transformer layers of each branch followed by the number of cross-attention layers
-            of each fusion, where 0 and 1 both mean one (the checkpoints of the reference say 0). A branch with 0
-            layers in a stage passes its tokens on.
+            of each fusion, where 0 and 1 both mean one (the checkpoints of the reference say 0). A branch can have 0
+            layers in a stage.
         num_heads (`tuple[int, ...]`, *optional*, defaults to `(6, 6)`):
-            Attention heads of each branch. A fusion has the heads of the branch whose patches it reads.
+            Attention heads of each branch. A fusion has as many as the branch that it attends to.
         mlp_ratio (`tuple[float, ...]`, *optional*, defaults to `(3.0, 3.0, 1.0)`):
-            Width of the MLP of each branch over its `embed_dim`. A further entry is kept and not used: the fusions of
-            the reference have no MLP, its configurations carry the number nevertheless.
+            Ratio of the width of the MLPs to `embed_dim` in each branch. One more entry is accepted and not used: the
+            configurations of the reference have one for the fusions, which have no MLP.
         qkv_bias (`bool`, *optional*, defaults to `True`):
             Whether queries, keys and values have a bias.
         multi_conv (`bool`, *optional*, defaults to `False`):
             Whether three convolutions embed the patches instead of one (the "dagger" variants). Defined for patch
-            sizes 12 and 16 and image sizes that are whole multiples of them.
+            sizes 12 and 16, image sizes that are multiples of them and widths of 4 or more.
         hidden_act (`str`, *optional*, defaults to `"gelu"`):
             Activation function of the MLPs and of the projections of the class tokens.
         hidden_dropout_prob (`float`, *optional*, defaults to 0.0):
@@ -82,7 +82,8 @@ class CrossViTConfig(RemoteCodeMixin, BackboneConfigMixin, PreTrainedConfig):
         attention_probs_dropout_prob (`float`, *optional*, defaults to 0.0):
             Dropout of the attention weights.
         drop_path_rate (`float`, *optional*, defaults to 0.0):
-            Stochastic depth of the last layer; the rate rises linearly from 0 at the first. The paper trains with 0.1.
+            Stochastic depth rate of the last layer; the rates rise linearly from 0 in the first. The paper trains with
+            0.1.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the truncated normal that initializes linear layers, class tokens and position
             embeddings. Convolutions keep PyTorch's default initialization, as in the reference.
@@ -94,7 +95,7 @@ class CrossViTConfig(RemoteCodeMixin, BackboneConfigMixin, PreTrainedConfig):
         out_indices (`list[int]`, *optional*):
             The same by position in `stage_names`.
 
-    `img_size`, `num_classes` and `num_attention_heads` are other names of `image_size`, `num_labels` and `num_heads`.
+    `img_size`, `num_classes` and `num_attention_heads` are aliases of `image_size`, `num_labels` and `num_heads`.
 
     Raises:
         `ValueError`: if values are out of range or do not fit each other. Values that are assigned later are checked
@@ -229,7 +230,7 @@ class CrossViTConfig(RemoteCodeMixin, BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def image_sizes(self) -> tuple[tuple[int, int], ...]:
-        """`tuple[tuple[int, int], ...]`: `image_size` spelled out, the native (height, width) of each branch."""
+        """`tuple[tuple[int, int], ...]`: the native (height, width) of each branch, from `image_size`."""
         sizes = (self.image_size,) * self.num_branches if isinstance(self.image_size, int) else self.image_size
         return tuple((size, size) if isinstance(size, int) else size for size in sizes)  # type: ignore[misc]
 
@@ -245,18 +246,18 @@ class CrossViTConfig(RemoteCodeMixin, BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def stage_names(self) -> list[str]:
-        """`list[str]`: the names of the hidden states in their order: stage, then branch."""
+        """`list[str]`: the names of the hidden states in their order, stage by stage and branch by branch."""
         stages = ["stem"] + [f"stage{stage}" for stage in range(1, self.num_hidden_layers + 1)]
         return [f"{stage}_{branch}" for stage in stages for branch in range(self.num_branches)]
 
     @property
     def num_hidden_states(self) -> int:
-        """`int`: the number of hidden states that a model returns, one per stage (the stem included) and branch."""
+        """`int`: the number of hidden states, one per branch of the stem and of each stage."""
         return len(self.stage_names)
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As [`~PreTrainedConfig.get_config_dict`], also for the config.json of a timm checkpoint."""
+        """As [`~PreTrainedConfig.get_config_dict`], and for the config.json of a timm checkpoint."""
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
         if is_timm_config(config_dict):
             config_dict = read_model_config(config_dict)
