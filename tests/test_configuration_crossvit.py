@@ -129,7 +129,7 @@ def test_derived_values_follow_their_source(tmp_path):
     assert config.out_features == ["stage3_1"]
     config.save_pretrained(tmp_path)
 
-    # Fewer stages, at loading and by assignment: a feature map that no one chose is not in the way
+    # Fewer stages, at loading and by assignment: the default feature map follows
     reloaded = CrossViTConfig.from_pretrained(tmp_path, depth=[[1, 2, 0]])
     config.depth = [[1, 2, 0]]
     for changed in (config, reloaded):

@@ -568,8 +568,8 @@ def check_pixel_values(pixel_values: torch.Tensor | None, num_channels: int):
     else:
         return
     raise ValueError(
-        f"`pixel_values` must be a floating point tensor of shape (batch_size, {num_channels}, height, width), none of"
-        f" them 0, got {received}. The image processor of the checkpoint makes such a batch of images."
+        f"`pixel_values` must be a floating point tensor of shape (batch_size, {num_channels}, height, width) without"
+        f" empty dimensions, got {received}. The image processor of the checkpoint makes such a batch of images."
     )
 
 
@@ -604,9 +604,8 @@ class CrossViTPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Conv2d):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-            if module.bias is not None:
-                bound = 1 / math.sqrt(module.weight[0].numel())
-                init.uniform_(module.bias, -bound, bound)
+            bound = 1 / math.sqrt(module.weight[0].numel())
+            init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)

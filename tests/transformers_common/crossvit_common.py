@@ -184,7 +184,7 @@ test_image_processing_common.httpx = types.SimpleNamespace(
 
 
 class CrossViTForImageClassificationOfTokens(CrossViTForImageClassification):
-    """Takes the tokens of a text for the pixels of an image: the tests of training and sharding know text alone."""
+    """Takes the tokens of a text as the pixels of an image: the tests of training and sharding only have text."""
 
     def forward(self, input_ids, labels=None, use_cache=None):
         # (batch, tokens) -> (batch, 3, 2, tokens / 2)
@@ -246,7 +246,7 @@ class CrossViTModelTest(
         ).run_common_tests()
 
     def test_model_get_set_embeddings(self):
-        # The input embeddings of an image are no `nn.Embedding`
+        # The input embeddings of an image are not an `nn.Embedding`
         for model_class in self.all_model_classes:
             model = model_class(self.model_tester.get_config())
             self.assertIsInstance(model.get_input_embeddings(), CrossViTPatchEmbeddings)
