@@ -58,8 +58,7 @@ from transformers.utils import logging
 
 import crossvit
 from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
-from crossvit.configuration_crossvit import AUTO_MAP
-from crossvit.image_processing_pil_crossvit import REMOTE_CODE_CLASSES
+from crossvit.remote_code import AUTO_MAP
 from crossvit.timm_checkpoints import is_timm_config, read_image_processor_config, read_model_config
 
 
@@ -275,8 +274,7 @@ def read_source(
 def save(model: CrossViTForImageClassification, processor: Any, record: dict[str, Any], options: argparse.Namespace):
     """Writes the checkpoint with its code, card and record into a folder that appears when it is complete."""
     # The checkpoint carries its code, for users without this package
-    model.config.auto_map = dict(AUTO_MAP)
-    processor.auto_map = {"AutoImageProcessor": dict(REMOTE_CODE_CLASSES)}
+    model.config.auto_map = processor.auto_map = dict(AUTO_MAP)
     output = options.output.absolute()
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from huggingface_hub.errors import StrictDataclassError
 from timm_reference import perturb
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -13,7 +14,6 @@ from crossvit import (
     CrossViTConfig,
     CrossViTForImageClassification,
     CrossViTModel,
-    modeling_crossvit,
 )
 from crossvit.modeling_crossvit import CrossViTCrossAttention, CrossViTSelfAttention
 
@@ -65,17 +65,14 @@ def test_outputs_are_those_of_the_documentation(model, pixel_values):
 def test_attentions_are_those_that_made_the_tokens(model, pixel_values):
     model.set_attn_implementation("eager")
     outputs = model(pixel_values, output_hidden_states=True, output_attentions=True)
-    # The first fusion of stage 1 by hand, from the recorded map: branch 0 visits branch 1
-    model.crossvit.stages[0].fusions[0].reverse_projection.register_forward_hook(
-        lambda module, args, output: visits.append(args[0])
-    )
-    visits, layer = [], model.crossvit.stages[0].fusions[0].layers[0]
-    layer.register_forward_hook(lambda module, args, output: visits.append(args[0]))
+    # The first fusion of stage 1 by hand, from the recorded map: the class token of branch 0 attends to branch 1
+    calls, layer = [], model.crossvit.stages[0].fusions[0].layers[0]
+    layer.register_forward_hook(lambda module, args, output: calls.append((args[0], output)))
     model(pixel_values)
-    visit, result = visits
-    values = layer.attention.v_proj(layer.layernorm(visit)).unflatten(2, (4, 8)).transpose(1, 2)
+    ((tokens, result),) = calls
+    values = layer.attention.v_proj(layer.layernorm(tokens)).unflatten(2, (4, 8)).transpose(1, 2)
     attended = (outputs.cross_attentions[0] @ values).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(result, visit[:, :1] + layer.attention.o_proj(attended))
+    torch.testing.assert_close(result, tokens[:, :1] + layer.attention.o_proj(attended))
 
 
 @torch.no_grad()
@@ -199,16 +196,15 @@ def test_impossible_resizing_changes_nothing(model, image_size):
 @pytest.mark.parametrize(
     "pixel_values, message",
     [
-        (None, r"torch.Tensor, got NoneType"),
-        ([[0.0]], r"torch.Tensor, got list"),
-        (torch.rand(3, 36, 36), r"got \(3, 36, 36\)"),
-        (torch.rand(0, 3, 36, 36), r"got \(0, 3, 36, 36\)"),
-        (torch.rand(1, 3, 0, 36), r"got \(1, 3, 0, 36\)"),
-        (torch.rand(2, 1, 36, 36), r"3 channels.*got 1.*\(2, 1, 36, 36\)"),
-        (torch.zeros(2, 3, 36, 36, dtype=torch.uint8), r"floating point, got torch.uint8"),
+        (None, r"got NoneType"),
+        ([[0.0]], r"got list"),
+        (torch.rand(3, 36, 36), r"got shape \(3, 36, 36\)"),
+        (torch.rand(0, 3, 36, 36), r"got shape \(0, 3, 36, 36\)"),
+        (torch.rand(2, 1, 36, 36), r"\(batch_size, 3, height, width\).*got shape \(2, 1, 36, 36\)"),
+        (torch.zeros(2, 3, 36, 36, dtype=torch.uint8), r"floating point.*got torch.uint8"),
     ],
 )
-def test_what_is_no_batch_of_images_is_named(model, pixel_values, message):
+def test_invalid_pixel_values_are_named(model, pixel_values, message):
     backbone = CrossViTBackbone(model.config)
     for entrance in (model, model.crossvit, backbone):
         with pytest.raises(ValueError, match=f"{message}.*image processor"):
@@ -236,7 +232,9 @@ def test_attention_goes_through_the_interface(model, pixel_values):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("implementation", ["sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "implementation", ["sdpa", "blockwise", pytest.param("flex_attention", marks=pytest.mark.slow)]
+)
 def test_attention_implementations_agree(small_config, pixel_values, implementation):
     small_config.depth = ((1, 1, 0),)  # flex attention is compiled
     model = perturb(CrossViTForImageClassification(small_config)).eval()
@@ -247,11 +245,15 @@ def test_attention_implementations_agree(small_config, pixel_values, implementat
     torch.testing.assert_close(model(pixel_values).logits, expected, atol=1e-5, rtol=0)
 
 
+class CalledLinear(torch.nn.Linear):
+    """Not a plain linear layer, so that it is called."""
+
+
 def call_projections(model: torch.nn.Module):
-    """Makes the fusions call their projections of keys and values, for all tokens, as a hook wants to see them."""
+    """Makes the fusions call their projections of keys and values."""
     for module in model.modules():
         if isinstance(module, CrossViTCrossAttention):
-            module.k_proj.register_forward_hook(lambda *_: None)
+            module.k_proj.__class__ = CalledLinear
 
 
 @pytest.mark.parametrize("qkv_bias", [True, False])
@@ -272,140 +274,55 @@ def test_absorbed_projections_change_neither_logits_nor_gradients(small_config, 
         torch.testing.assert_close(gradient, expected_gradient, atol=1e-13, rtol=1e-10)
 
 
-class DoubledLinear(torch.nn.Linear):
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return 2 * super().forward(hidden_states)
-
-
 class SubclassedTensor(torch.Tensor):
-    """As quantized and sharded weights are; it counts the linear layers whose weight it is."""
+    """As quantized and sharded weights are."""
 
-    calls = 0
 
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        cls.calls += function is torch.nn.functional.linear and type(args[1]) is cls
-        return super().__torch_function__(function, types, args, kwargs)
+CHANGES = {
+    "another class": lambda projection: setattr(projection, "__class__", CalledLinear),
+    "another type of weight": lambda projection: setattr(
+        projection, "weight", torch.nn.Parameter(projection.weight.as_subclass(SubclassedTensor), requires_grad=False)
+    ),
+    "part of the weight": lambda projection: setattr(projection, "weight", torch.nn.Parameter(projection.weight[:12])),
+    "offloaded": lambda projection: add_hook_to_module(projection, AlignDevicesHook()),
+}
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["k_proj", "v_proj"])
-def test_projections_that_are_more_than_a_weight_are_called(model, pixel_values, name):
+@pytest.mark.parametrize("change", CHANGES)
+def test_projections_that_are_more_than_a_weight_are_called(model, name, change):
     attention = model.crossvit.stages[0].fusions[1].layers[0].attention
-    projection = getattr(attention, name)
-    expected = model(pixel_values).logits
+    assert attention.can_absorb_projections()
+    CHANGES[change](getattr(attention, name))
+    assert not attention.can_absorb_projections()
 
+
+@torch.no_grad()
+def test_eager_attention_calls_hooks_of_every_projection(model, pixel_values):
+    attention = model.crossvit.stages[0].fusions[1].layers[0].attention
     seen = []
-    hooks = [
-        projection.register_forward_hook(lambda module, args, output: seen.append(output.shape)),
-        projection.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape)),
-    ]
-    torch.testing.assert_close(model(pixel_values).logits, expected)
-    assert seen == [(3, 37, 24)] * 2  # all tokens of the other branch, before and after
-    for hook in hooks:
-        hook.remove()
-    torch.testing.assert_close(model(pixel_values).logits, expected)
-    assert len(seen) == 2
-
-    projection.forward = lambda hidden_states: 2 * torch.nn.Linear.forward(projection, hidden_states)
-    by_forward = model(pixel_values).logits
-    del projection.forward
-    doubled = DoubledLinear(24, 24)
-    doubled.load_state_dict(projection.state_dict())
-    setattr(attention, name, doubled)
-    by_class = model(pixel_values).logits
-    assert (by_class - expected).abs().max() > 1e-4
-    torch.testing.assert_close(by_forward, by_class)
-
-    setattr(attention, name, projection)
-    projection.weight = torch.nn.Parameter(projection.weight.as_subclass(SubclassedTensor), requires_grad=False)
-    calls = SubclassedTensor.calls
-    torch.testing.assert_close(model(pixel_values).logits.as_subclass(torch.Tensor), expected)
-    assert SubclassedTensor.calls > calls
+    for projection in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
+        projection.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))
+    model.set_attn_implementation("eager")
+    model(pixel_values)
+    assert seen == [
+        (3, 1, 24),
+        (3, 37, 24),
+        (3, 37, 24),
+        (3, 1, 24),
+    ]  # the class token among the other branch's tokens
 
 
-def test_projections_call_backward_hooks(model, pixel_values):
-    seen = []
-    attention = model.crossvit.stages[0].fusions[0].layers[0].attention
-    attention.k_proj.register_full_backward_hook(lambda module, grad_input, grad_output: seen.append("k_proj"))
-    attention.v_proj.register_full_backward_pre_hook(lambda module, grad_output: seen.append("v_proj"))
-    model(pixel_values).logits.sum().backward()
-    assert sorted(seen) == ["k_proj", "v_proj"]
-
-
-def test_fusions_drop_attention_in_training_alone(small_config, pixel_values):
+def test_fusions_drop_attention_weights_only_in_training(small_config, pixel_values):
     small_config.attention_probs_dropout_prob = 0.5
     model = perturb(CrossViTForImageClassification(small_config))
     for module in model.modules():
         if isinstance(module, CrossViTSelfAttention):
-            module.attention_dropout = 0.0  # So that all that is dropped is in the fusions
+            module.attention_dropout = 0.0  # so that weights are dropped in the fusions only
     expected = model.eval()(pixel_values).logits
     torch.testing.assert_close(model(pixel_values).logits, expected)
     assert (model.train()(pixel_values).logits - expected).abs().max() > 1e-3
-
-
-def test_blockwise_attention_is_attention(monkeypatch):
-    query, key, value = torch.randn(3, 5, 2, 7, 4, requires_grad=True).unbind(0)
-    module = torch.nn.Module()
-    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=0.3).transpose(1, 2)
-    expected_gradients = torch.autograd.grad(expected.square().sum(), (query, key, value))
-    for images in (1, 2, 5, 100):
-        monkeypatch.setattr(modeling_crossvit, "BLOCK_BYTES", images * 2 * 7 * 7 * 4)
-        output, _ = modeling_crossvit.blockwise_attention_forward(module, query, key, value, None, scaling=0.3)
-        torch.testing.assert_close(output, expected)
-        gradients = torch.autograd.grad(output.square().sum(), (query, key, value))
-        torch.testing.assert_close(gradients, expected_gradients)
-
-    ones = torch.ones(1, 1, 8, 256)
-    output, _ = modeling_crossvit.blockwise_attention_forward(
-        module.train(), ones, torch.ones(1, 1, 256, 256), torch.ones(1, 1, 256, 256), None, scaling=1.0, dropout=0.5
-    )
-    assert 0.7 < output.mean() < 1.3 and (output - 1).abs().max() > 1e-2  # weights were dropped, the others doubled
-
-
-@torch.no_grad()
-def test_bfloat16_is_attended_blockwise_on_cpus_where_that_is_faster(model, pixel_values, monkeypatch):
-    monkeypatch.setattr(modeling_crossvit, "CPU_CAPABILITIES", {"avx512_bf16": True})
-    used = []
-    blockwise = modeling_crossvit.blockwise_attention_forward
-
-    def count(module, query, *args, **kwargs):
-        used.append(query.dtype)
-        return blockwise(module, query, *args, **kwargs)
-
-    monkeypatch.setattr(modeling_crossvit, "blockwise_attention_forward", count)
-    expected = model(pixel_values).logits
-    assert not used  # in float32
-    with torch.autocast("cpu", torch.bfloat16):
-        model(pixel_values)
-    assert used == [torch.bfloat16] * 6  # layers
-    half = copy.deepcopy(model).bfloat16()
-    logits = half(pixel_values).logits
-    assert len(used) == 12
-    torch.testing.assert_close(logits.float(), expected, atol=5e-2, rtol=0)
-
-    # A program holds no number of blocks: it takes any batch
-    exported = torch.export.export(
-        half, (pixel_values.bfloat16(),), dynamic_shapes=({0: torch.export.Dim("batch", max=64)},)
-    )
-    for batch_size in (1, 5):
-        batch = torch.randn(batch_size, 3, 36, 36).bfloat16()
-        torch.testing.assert_close(exported.module()(batch).logits, half(batch).logits, atol=5e-2, rtol=0)
-    assert len(used) == 12 + 2 * 6
-
-    monkeypatch.setattr(modeling_crossvit, "BLOCK_BYTES", 2 * 4 * 17 * 17 // 8)  # Images of more than 8 blocks
-    half(pixel_values)
-    assert len(used) == 12 + 2 * 6 + 3  # those of the smaller weights
-    half.set_attn_implementation("eager")
-    half(pixel_values)
-    half.set_attn_implementation("sdpa")
-    for capabilities in ({}, {"avx512_bf16": False, "amx_tile": False}, {"avx512_bf16": True, "amx_tile": True}):
-        monkeypatch.setattr(modeling_crossvit, "CPU_CAPABILITIES", capabilities)
-        half(pixel_values)
-    assert len(used) == 12 + 2 * 6 + 3
-    with torch.enable_grad():  # With AMX, the last of these, for the backward pass alone
-        half(pixel_values)
-    assert len(used) == 12 + 2 * 6 + 2 * 3
 
 
 @torch.no_grad()
@@ -550,25 +467,6 @@ def test_loss_is_divided_by_the_items_of_the_whole_batch(model, pixel_values):
 
 
 # Weights
-
-
-def test_another_number_of_labels_renews_the_heads_and_nothing_else(model, tmp_path):
-    model.save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-        CrossViTForImageClassification.from_pretrained(tmp_path, num_labels=9)
-    renewed, info = CrossViTForImageClassification.from_pretrained(
-        tmp_path, num_labels=9, ignore_mismatched_sizes=True, output_loading_info=True
-    )
-    assert {key[0] for key in info["mismatched_keys"]} == {
-        f"classifier.heads.{branch}.{name}" for branch in (0, 1) for name in ("weight", "bias")
-    }
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    weights = renewed.state_dict()
-    for name, weight in model.crossvit.state_dict().items():
-        assert torch.equal(weights[f"crossvit.{name}"], weight), name
-    for head in renewed.classifier.heads:
-        assert head.weight.shape[0] == 9 and (head.bias == 0).all()
-        assert head.weight.std().item() == pytest.approx(0.02, rel=0.2)
 
 
 def test_missing_weights_are_initialized_as_at_the_start(model, tmp_path):

@@ -49,15 +49,15 @@ def arguments(tmp_path, **kwargs) -> TrainingArguments:
 
 
 def accuracy(prediction) -> dict[str, float]:
-    # An array, not a tuple of outputs: `keys_to_ignore_at_inference` has left the logits alone
+    # An array, not a tuple of outputs: `keys_to_ignore_at_inference` leaves only the logits
     assert isinstance(prediction.predictions, np.ndarray) and prediction.predictions.shape[1:] == (3,)
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}], ids=str)
-def test_trainer_learns_evaluates_logits_alone_and_saves(small_config, tmp_path, options):
+def test_trainer_learns_evaluates_only_logits_and_saves(small_config, tmp_path, options):
     small_config.num_labels = 3
-    # Asked for by the config, they are still no predictions
+    # Outputs that the config asks for are not predictions either
     small_config._attn_implementation = "eager"
     small_config.output_hidden_states = small_config.output_attentions = True
     model = CrossViTForImageClassification(small_config)

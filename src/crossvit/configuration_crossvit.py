@@ -13,83 +13,47 @@
 # limitations under the License.
 """CrossViT model configuration"""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
+from .remote_code import RemoteCodeMixin
 from .timm_checkpoints import is_timm_config, read_model_config
 
 
 IntSequence = tuple[int, ...] | list[int]
 FloatSequence = tuple[float | int, ...] | list[float | int]
 
-# What users of other vision models may try to set, and what to set here instead.
-DERIVED_ATTRIBUTES = {
-    "hidden_size": "embed_dim",
-    "num_hidden_layers": "depth",
-    "num_branches": "embed_dim",
-    "num_hidden_states": "depth",
-    "stage_names": "depth",
-    "image_sizes": "image_size",
-}
-
 # The fields that hold tuples
 SEQUENCES = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
-# `multi_conv` is defined for these patch sizes alone (models/crossvit.py of the authors' code, class PatchEmbed).
+# `multi_conv` is defined for these patch sizes only (models/crossvit.py of the authors' code, class PatchEmbed).
 MULTI_CONV_PATCH_SIZES = (12, 16)
-
-# The files of a checkpoint that carries its code, by the Auto class that loads them.
-AUTO_MAP = {
-    "AutoConfig": "configuration_crossvit.CrossViTConfig",
-    "AutoModel": "modeling_crossvit.CrossViTModel",
-    "AutoModelForImageClassification": "modeling_crossvit.CrossViTForImageClassification",
-    "AutoBackbone": "modeling_crossvit.CrossViTBackbone",
-}
-
-
-@contextmanager
-def code_kept(instance: Any, auto_class: str | None, auto_map: dict[str, Any] | None) -> Iterator[None]:
-    """
-    A checkpoint that has its code beside its weights (`auto_map`) keeps it when it is saved again, fine-tuned for
-    example: the classes of its code copy their files, those of the package do so inside this context.
-    """
-    has_code = bool(auto_map) and not any("--" in str(reference) for reference in auto_map.values())
-    if not has_code or auto_class is None or instance._auto_class is not None:
-        yield
-        return
-    # Transformers asks the class
-    type(instance).register_for_auto_class(auto_class)
-    try:
-        yield
-    finally:
-        del type(instance)._auto_class
 
 
 def to_tuple(value: Any) -> Any:
-    """Lists, which is what JSON makes of tuples, become tuples again, nested ones too."""
+    """Turns lists into tuples, nested ones too: JSON knows only lists."""
     return tuple(to_tuple(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 @strict
-class CrossViTConfig(BackboneConfigMixin, PreTrainedConfig):
+class CrossViTConfig(RemoteCodeMixin, BackboneConfigMixin, PreTrainedConfig):
     r"""
     Configuration of a CrossViT model ([CrossViT: Cross-Attention Multi-Scale Vision Transformer for Image
     Classification](https://huggingface.co/papers/2103.14899)). The defaults are those of `crossvit_15`.
 
     CrossViT runs several *branches* side by side, each a ViT with its own patch size, width and image size, the branch
-    of the smallest patches first. Every *stage* ends by letting the class token of each branch attend to the patches
-    of the next one (*fusion*). Where an argument has an entry per branch, its order is that of the branches.
+    with the smallest patches first. At the end of every *stage* the class token of each branch attends to the patches
+    of the next branch (*fusion*). Arguments with an entry per branch are in the order of the branches.
 
     Args:
         image_size (`int` or `tuple`, *optional*, defaults to `(240, 224)`):
             Native size of each branch in pixels: an `int` (square) or `(height, width)` per branch, or one `int` for
-            all of them. A branch resizes an input of another size to its own (bicubic, not antialiased). What is left
-            of a side after whole patches is not seen, as in ViT.
+            all of them. A branch resizes inputs of another size to its own (bicubic, not antialiased). Pixels beyond
+            the last whole patch are ignored, as in ViT.
         patch_size (`tuple[int, ...]`, *optional*, defaults to `(12, 16)`):
             Side of the square patches of each branch, in pixels.
         num_channels (`int`, *optional*, defaults to 3):
@@ -98,18 +62,18 @@ class CrossViTConfig(BackboneConfigMixin, PreTrainedConfig):
             Width of the tokens of each branch. Its length is the number of branches, two or more.
         depth (`tuple[tuple[int, ...], ...]`, *optional*, defaults to `((1, 5, 0), (1, 5, 0), (1, 5, 0))`):
             Per stage, the number of Transformer layers of each branch followed by the number of cross-attention layers
-            of each fusion, where 0 and 1 both mean one (the checkpoints of the reference say 0). A branch with 0
-            layers in a stage passes its tokens on.
+            of each fusion, where 0 and 1 both mean one (the checkpoints of the reference say 0). A branch can have 0
+            layers in a stage.
         num_heads (`tuple[int, ...]`, *optional*, defaults to `(6, 6)`):
-            Attention heads of each branch. A fusion has the heads of the branch whose patches it reads.
+            Attention heads of each branch. A fusion has as many as the branch that it attends to.
         mlp_ratio (`tuple[float, ...]`, *optional*, defaults to `(3.0, 3.0, 1.0)`):
-            Width of the MLP of each branch over its `embed_dim`. A further entry is kept and not used: the fusions of
-            the reference have no MLP, its configurations carry the number nevertheless.
+            Ratio of the width of the MLPs to `embed_dim` in each branch. One more entry is accepted and not used: the
+            configurations of the reference have one for the fusions, which have no MLP.
         qkv_bias (`bool`, *optional*, defaults to `True`):
             Whether queries, keys and values have a bias.
         multi_conv (`bool`, *optional*, defaults to `False`):
             Whether three convolutions embed the patches instead of one (the "dagger" variants). Defined for patch
-            sizes 12 and 16 and image sizes that are whole multiples of them.
+            sizes 12 and 16, image sizes that are multiples of them and widths of 4 or more.
         hidden_act (`str`, *optional*, defaults to `"gelu"`):
             Activation function of the MLPs and of the projections of the class tokens.
         hidden_dropout_prob (`float`, *optional*, defaults to 0.0):
@@ -117,7 +81,8 @@ class CrossViTConfig(BackboneConfigMixin, PreTrainedConfig):
         attention_probs_dropout_prob (`float`, *optional*, defaults to 0.0):
             Dropout of the attention weights.
         drop_path_rate (`float`, *optional*, defaults to 0.0):
-            Stochastic depth of the last layer; the rate rises linearly from 0 at the first. The paper trains with 0.1.
+            Stochastic depth rate of the last layer; the rates rise linearly from 0 in the first. The paper trains with
+            0.1.
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the truncated normal that initializes linear layers, class tokens and position
             embeddings. Convolutions keep PyTorch's default initialization, as in the reference.
@@ -129,12 +94,13 @@ class CrossViTConfig(BackboneConfigMixin, PreTrainedConfig):
         out_indices (`list[int]`, *optional*):
             The same by position in `stage_names`.
 
-    `img_size`, `num_classes` and `num_attention_heads` are other names of `image_size`, `num_labels` and `num_heads`.
+    `img_size`, `num_classes` and `num_attention_heads` are aliases of `image_size`, `num_labels` and `num_heads`.
 
     Raises:
-        `ValueError`: for lengths, sizes or rates that make no model, when the configuration is built; for values that
-            are assigned later, when a model is built from it.
-        `huggingface_hub.errors.StrictDataclassError`: for a value of a wrong type.
+        `ValueError`: if values are out of range or do not fit each other. Values that are assigned later are checked
+            when a model is built from the configuration.
+        `huggingface_hub.errors.StrictDataclassError`: if a value has the wrong type.
+        `AttributeError`: if a derived value, such as `hidden_size`, is set.
 
     Example:
 
@@ -183,111 +149,78 @@ class CrossViTConfig(BackboneConfigMixin, PreTrainedConfig):
     layer_norm_eps: float | int = 1e-6
 
     def __post_init__(self, **kwargs):
-        # The fields hold their defaults by now, other names for them are still waiting in `kwargs`.
-        for alias, name in self.attribute_map.items():
-            if alias in kwargs:
-                value = kwargs.pop(alias)
-                if name == "num_labels":
-                    kwargs[name] = value
-                else:
-                    setattr(self, name, value)
-        self.validate_architecture()
-        self.set_output_features_output_indices(
-            out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
-        )
+        out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
         super().__post_init__(**kwargs)
+        self.validate_architecture()
+        self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
 
     def __setattr__(self, name: str, value: Any):
         if name in self.attribute_map:
-            # Once more by the real name, so that the type is checked
+            # Assign again by the real name, so that the type is checked
             return setattr(self, self.attribute_map[name], value)
-        if name in DERIVED_ATTRIBUTES:
-            raise NotImplementedError(
-                f"`{name}` of CrossViT follows from `{DERIVED_ATTRIBUTES[name]}` and cannot be set to {value!r}: set"
-                f" `{DERIVED_ATTRIBUTES[name]}` instead."
-            )
         if name not in SEQUENCES:
             return super().__setattr__(name, value)
-        # A default feature map is the last one, which may be another one afterwards
+        # By default the output feature is the last one, which another `depth` may have changed
         has_default_features = "_out_features" in self.__dict__ and self._out_features == self.stage_names[-1:]
         super().__setattr__(name, to_tuple(value))
         if has_default_features and self.stage_names:
             self.set_output_features_output_indices(None, None)
 
     def validate_architecture(self):
-        """Part of `@strict`-powered validation: the values must fit each other and make a model."""
+        """Part of `@strict`-powered validation. Checks that the values are in range and fit each other."""
         branches = self.num_branches
         if branches < 2:
-            raise ValueError(
-                f"CrossViT needs two or more branches, got embed_dim={self.embed_dim}: one width per branch."
-            )
-        for name in ("patch_size", "num_heads"):
-            if len(getattr(self, name)) != branches:
+            raise ValueError(f"`embed_dim` must have a width for each of two or more branches, got {self.embed_dim}.")
+        for name, optional_entries in (("patch_size", 0), ("num_heads", 0), ("mlp_ratio", 1)):
+            if not branches <= len(getattr(self, name)) <= branches + optional_entries:
                 raise ValueError(
                     f"`{name}` must have an entry for each of the {branches} branches (the length of `embed_dim`), got"
                     f" {getattr(self, name)}."
                 )
-        if len(self.mlp_ratio) not in (branches, branches + 1):
+        if len(self.image_sizes) != branches or any(len(size) != 2 or min(size) <= 0 for size in self.image_sizes):
             raise ValueError(
-                f"`mlp_ratio` must have an entry for each of the {branches} branches (the length of `embed_dim`) and"
-                f" may have one more, got {self.mlp_ratio}."
+                f"`image_size` must be one int, or an int or (height, width) for each of the {branches} branches, all"
+                f" positive, got {self.image_size}."
             )
-        if not isinstance(self.image_size, int) and (
-            len(self.image_size) != branches
-            or any(not isinstance(size, int) and len(size) != 2 for size in self.image_size)
-        ):
+        if not self.depth or any(len(stage) != branches + 1 or min(stage) < 0 for stage in self.depth):
             raise ValueError(
-                f"`image_size` must be one int, or an int or (height, width) for each of the {branches} branches, got"
-                f" {self.image_size}."
+                f"`depth` must have one or more stages, each with the layers of each of the {branches} branches and"
+                f" then the cross-attention layers, none negative, such as {((1,) * branches + (0,),)}, got"
+                f" {self.depth}."
             )
         for name in ("embed_dim", "num_heads", "patch_size", "mlp_ratio"):
             if not all(value > 0 for value in getattr(self, name)):
                 raise ValueError(f"`{name}` must be positive in each branch, got {getattr(self, name)}.")
-        if not all(side > 0 for size in self.image_sizes for side in size):
-            raise ValueError(f"`image_size` must be positive in each branch, got {self.image_size}.")
-        if self.num_channels <= 0:
-            raise ValueError(f"`num_channels` must be positive, got {self.num_channels}.")
+        for name in ("num_channels", "initializer_range", "layer_norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 0 and below 1, got {getattr(self, name)}.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` must be one of {', '.join(ACT2FN)}, got {self.hidden_act!r}.")
 
-        if len(self.depth) == 0:
-            raise ValueError(f"`depth` must have at least one stage, such as (1, 5, 0), got {self.depth}.")
-        for stage in self.depth:
-            if len(stage) != branches + 1 or min(stage) < 0:
-                raise ValueError(
-                    f"Each stage of `depth` must have the layers of each of the {branches} branches and then the"
-                    f" cross-attention layers, none negative, such as {(1,) * branches + (0,)}; got {stage} in"
-                    f" {self.depth}."
-                )
-
-        for branch, (width, heads) in enumerate(zip(self.embed_dim, self.num_heads)):
+        branch_values = zip(self.embed_dim, self.num_heads, self.image_sizes, self.patch_size)
+        for branch, (width, heads, size, patch) in enumerate(branch_values):
             if width % heads:
                 raise ValueError(
                     f"`embed_dim` must be a multiple of `num_heads` in each branch, got {width} and {heads} in branch"
-                    f" {branch}: with that width the heads can be"
-                    f" {', '.join(str(number) for number in range(1, width + 1) if width % number == 0)}."
+                    f" {branch}: {max(1, round(width / heads)) * heads} would be one."
                 )
-        for branch, (size, patch) in enumerate(zip(self.image_sizes, self.patch_size)):
             if min(size) < patch:
                 raise ValueError(
                     f"`patch_size` must not be larger than `image_size`, got patches of {patch} pixels and an image of"
                     f" {size[0]}x{size[1]} in branch {branch}."
                 )
-            if self.multi_conv and patch not in MULTI_CONV_PATCH_SIZES:
+            if self.multi_conv and (
+                patch not in MULTI_CONV_PATCH_SIZES or any(side % patch for side in size) or width < 4
+            ):
                 raise ValueError(
-                    f"`multi_conv` is defined for patch sizes {MULTI_CONV_PATCH_SIZES} alone, got {patch} in branch"
-                    f" {branch}: use one of them or `multi_conv=False`."
+                    f"`multi_conv` is defined for patches of {' or '.join(map(str, MULTI_CONV_PATCH_SIZES))} pixels,"
+                    f" images of whole patches and widths of 4 or more, got patches of {patch} pixels, an image of"
+                    f" {size[0]}x{size[1]} and a width of {width} in branch {branch}: change them or set"
+                    " `multi_conv=False`."
                 )
-            if self.multi_conv and (size[0] % patch or size[1] % patch):
-                raise ValueError(
-                    f"`multi_conv` needs images of whole patches, got patches of {patch} pixels and an image of"
-                    f" {size[0]}x{size[1]} in branch {branch}: round it to multiples of {patch}."
-                )
-
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 0 and below 1, got {getattr(self, name)}.")
-        for name in ("initializer_range", "layer_norm_eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
 
     @property
     def num_branches(self) -> int:
@@ -296,9 +229,9 @@ class CrossViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def image_sizes(self) -> tuple[tuple[int, int], ...]:
-        """`tuple[tuple[int, int], ...]`: `image_size` spelled out, the native (height, width) of each branch."""
+        """`tuple[tuple[int, int], ...]`: the native (height, width) of each branch, from `image_size`."""
         sizes = (self.image_size,) * self.num_branches if isinstance(self.image_size, int) else self.image_size
-        return tuple((size, size) if isinstance(size, int) else (size[0], size[1]) for size in sizes)
+        return tuple((size, size) if isinstance(size, int) else size for size in sizes)  # type: ignore[misc]
 
     @property
     def hidden_size(self) -> int:
@@ -312,18 +245,18 @@ class CrossViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def stage_names(self) -> list[str]:
-        """`list[str]`: the names of the hidden states in their order: stage, then branch."""
+        """`list[str]`: the names of the hidden states in their order, stage by stage and branch by branch."""
         stages = ["stem"] + [f"stage{stage}" for stage in range(1, self.num_hidden_layers + 1)]
         return [f"{stage}_{branch}" for stage in stages for branch in range(self.num_branches)]
 
     @property
     def num_hidden_states(self) -> int:
-        """`int`: the number of hidden states that a model returns, one per stage (the stem included) and branch."""
+        """`int`: the number of hidden states, one per branch of the stem and of each stage."""
         return len(self.stage_names)
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As [`~PreTrainedConfig.get_config_dict`], also for the config.json of a timm checkpoint."""
+        """As [`~PreTrainedConfig.get_config_dict`], and for the config.json of a timm checkpoint."""
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
         if is_timm_config(config_dict):
             config_dict = read_model_config(config_dict)
@@ -331,12 +264,9 @@ class CrossViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
-        # The default depends on `depth`: written down it would contradict a depth that is changed at loading.
+        # The default depends on `depth`: saved, it would contradict another `depth` that is passed when loading
         if output["out_features"] == self.stage_names[-1:]:
             del output["out_features"], output["out_indices"]
-        # Transformers records the class that was saved; its file holds the other ones too.
-        if any(reference.startswith("modeling_crossvit.") for reference in output.get("auto_map", {}).values()):
-            output["auto_map"] = {**AUTO_MAP, **output["auto_map"]}
         return output
 
 

@@ -14,11 +14,16 @@
 """Image processor class for CrossViT, torchvision backend: timm's evaluation transform on tensors, on any device."""
 
 import torch
-from torchvision.transforms.v2 import functional as tvF
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import SizeDict
+from transformers.utils import is_torchvision_available, requires_backends
 
-from .image_processing_pil_crossvit import CrossViTBaseImageProcessor
+# Remote code finds both classes in this file
+from .image_processing_pil_crossvit import CrossViTBaseImageProcessor, CrossViTImageProcessorPil  # noqa: F401
+
+
+if is_torchvision_available():
+    from torchvision.transforms.v2 import functional as tvF
 
 
 class CrossViTImageProcessor(CrossViTBaseImageProcessor, TorchvisionBackend):  # type: ignore[misc]
@@ -28,13 +33,20 @@ class CrossViTImageProcessor(CrossViTBaseImageProcessor, TorchvisionBackend):  #
     255 at most, 0.036 in `pixel_values`, and mostly not at all. For floats and on a GPU torchvision filters in float32
     and does not clip between rows and columns as PIL does, so that hard edges differ by more: where the last digit of
     an accuracy matters, choose the PIL backend.
+
+    Raises:
+        `ImportError`: if torchvision is not installed. [`AutoImageProcessor`] chooses the PIL backend then.
     """
+
+    def __init__(self, **kwargs):
+        requires_backends(self, "torchvision")
+        super().__init__(**kwargs)
 
     def center_crop(self, image: torch.Tensor, size: SizeDict, **kwargs) -> torch.Tensor:
         """
-        Cuts the centre (batch, channels, size.height, size.width) out of (batch, channels, height, width), padding a
-        smaller image with zeros. The stock processor rounds half of an odd margin down; torchvision, like timm, rounds
-        it to an even number of pixels.
+        Crops (batch, channels, height, width) to its central (batch, channels, size.height, size.width) and pads
+        smaller images with zeros. Half of an odd margin is rounded to an even number of pixels, as in torchvision and
+        timm; the stock processor rounds it down.
         """
         return tvF.center_crop(image, [size.height, size.width])
 

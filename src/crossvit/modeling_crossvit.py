@@ -11,25 +11,25 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""PyTorch CrossViT model.
+"""
+PyTorch CrossViT model.
 
 CrossViT: Cross-Attention Multi-Scale Vision Transformer for Image Classification (Chen, Fan, Panda, ICCV 2021,
 arXiv:2103.14899). Reproduces the authors' code (IBM/CrossViT, models/crossvit.py) and timm's
 (timm/models/crossvit.py).
 
-- branch: one ViT with its own image size, patch size, width, class token and position embeddings; the paper has two,
-  small patches ("S-branch", 0) and large ones ("L-branch", the last).
-- stage: some layers of each branch and then a fusion of each branch (the paper's multi-scale encoder, figure 2).
-- fusion: the class token of a branch visits the next branch: it is projected to its width, attends to its patches and
-  is projected back (cross-attention, section 3.3, figure 4).
+- branch: a ViT with its own image size, patch size, width, class token and position embeddings. The paper has two:
+  small patches ("S-branch", 0) and large patches ("L-branch", the last).
+- stage: some layers of each branch, then a fusion of each branch (the paper's multi-scale encoder, figure 2).
+- fusion: the class token of a branch is projected to the width of the next branch, attends to its patches and is
+  projected back (cross-attention, section 3.3, figure 4).
 """
 
 import copy
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any, Self
 
 import torch
@@ -45,14 +45,8 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_crossvit import AUTO_MAP, CrossViTConfig, code_kept
+from .configuration_crossvit import CrossViTConfig
 from .timm_checkpoints import KEY_MAPPING
-
-
-# Attention weights of as many bytes stay in the caches of current CPUs (measured with 2 MiB to 16 MiB)
-BLOCK_BYTES = 4 * 2**20
-# What the CPU can do, by name; older releases of torch do not say
-CPU_CAPABILITIES: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
 
 
 @dataclass
@@ -73,9 +67,9 @@ class CrossViTModelOutput(ModelOutput):
             Self-attention weights in the order stage, branch, layer, each of shape `(batch_size, num_heads[branch],
             1 + num_patches, 1 + num_patches)`.
         cross_attentions (`tuple(torch.FloatTensor)`, *optional*, returned when `output_attentions=True`):
-            Attention weights of the fusions in the order stage, branch, layer: how the class token of the branch
-            attends to itself and the patches of the next branch, each of shape `(batch_size, num_heads[next branch],
-            1, 1 + num_patches[next branch])`; with more than one cross-attention layer, the later ones are of shape
+            Cross-attention weights of the fusions in the order stage, branch, layer: from the class token of a branch
+            to itself and the patches of the next branch, each of shape `(batch_size, num_heads[next branch], 1, 1 +
+            num_patches[next branch])`. With more than one cross-attention layer, those of the later ones are of shape
             `(batch_size, num_heads[next branch], 1, 1)`.
     """
 
@@ -95,10 +89,9 @@ class CrossViTImageClassifierOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is provided):
             Classification (or regression if `config.num_labels == 1`) loss.
         logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`):
-            Scores before softmax, the mean of `branch_logits`. With `num_labels == 0` the `pooler_output` of the
-            model.
+            Scores before softmax, the mean of `branch_logits`; the `pooler_output` of the model if `num_labels == 0`.
         branch_logits (`torch.FloatTensor` of shape `(batch_size, num_branches, num_labels)`):
-            Scores of the head of each branch. `None` with `num_labels == 0`.
+            Scores of the head of each branch; `None` if `num_labels == 0`.
         hidden_states, attentions, cross_attentions:
             As in [`CrossViTModelOutput`].
     """
@@ -112,7 +105,7 @@ class CrossViTImageClassifierOutput(ModelOutput):
 
 
 class CrossViTBranchTokens(nn.Module):
-    """Base of the modules that return all tokens of one branch: what `output_hidden_states` records."""
+    """Base class of the modules that return all tokens of a branch, which `output_hidden_states` records."""
 
 
 class CrossViTPatchEmbeddings(nn.Module):
@@ -130,7 +123,7 @@ class CrossViTPatchEmbeddings(nn.Module):
 
 
 class CrossViTConvPatchEmbeddings(nn.Module):
-    """The same by three convolutions with ReLU between: the "dagger" variants of the paper."""
+    """As [`CrossViTPatchEmbeddings`], by three convolutions with ReLU in between: the paper's "dagger" variants."""
 
     # patch size -> kernel size, stride and padding of each convolution
     convolutions_by_patch_size = {
@@ -140,13 +133,12 @@ class CrossViTConvPatchEmbeddings(nn.Module):
 
     def __init__(self, config: CrossViTConfig, branch: int):
         super().__init__()
-        width = config.embed_dim[branch]
-        channels = (config.num_channels, width // 4, width // 2, width)
+        embed_dim = config.embed_dim[branch]
+        channels = (config.num_channels, embed_dim // 4, embed_dim // 2, embed_dim)
+        convolutions = self.convolutions_by_patch_size[config.patch_size[branch]]
         self.convolutions = nn.ModuleList(
             nn.Conv2d(channels[i], channels[i + 1], kernel_size=kernel_size, stride=stride, padding=padding)
-            for i, (kernel_size, stride, padding) in enumerate(
-                self.convolutions_by_patch_size[config.patch_size[branch]]
-            )
+            for i, (kernel_size, stride, padding) in enumerate(convolutions)
         )
         self.activation_fn = nn.ReLU()
 
@@ -158,7 +150,7 @@ class CrossViTConvPatchEmbeddings(nn.Module):
 
 
 class CrossViTEmbeddings(CrossViTBranchTokens):
-    """Resizes the images to what the branch takes and makes its class, patch and position embeddings of them."""
+    """Resizes the images to the size of the branch and embeds their patches, after the class token."""
 
     def __init__(self, config: CrossViTConfig, branch: int):
         super().__init__()
@@ -169,6 +161,7 @@ class CrossViTEmbeddings(CrossViTBranchTokens):
         num_patches = math.prod(self.get_grid_size(self.image_size))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim[branch]))
         self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + num_patches, config.embed_dim[branch]))
+        # CODEPATH: the dagger checkpoints (crossvit_*_dagger_*) have `multi_conv`, the others do not
         patch_embeddings_class = CrossViTConvPatchEmbeddings if config.multi_conv else CrossViTPatchEmbeddings
         self.patch_embeddings: nn.Module = patch_embeddings_class(config, branch)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -177,7 +170,7 @@ class CrossViTEmbeddings(CrossViTBranchTokens):
         """The (height, width) in pixels to which this branch resizes images of `height` x `width`."""
         if not interpolate_pos_encoding or (height, width) == self.first_image_size:
             return self.image_size
-        # Every branch keeps its ratio to the first, which keeps the size of the input, rounded to whole patches.
+        # The first branch keeps the size of the input and each branch its ratio to the first, in whole patches
         scaled_height, scaled_width = (
             max(1, (2 * side * native + first * self.patch_size) // (2 * first * self.patch_size)) * self.patch_size
             for side, native, first in zip((height, width), self.image_size, self.first_image_size)
@@ -189,7 +182,7 @@ class CrossViTEmbeddings(CrossViTBranchTokens):
         return image_size[0] // self.patch_size, image_size[1] // self.patch_size
 
     def interpolate_pos_encoding(self, grid_size: tuple[int, int]) -> torch.Tensor:
-        """The position embeddings for other (rows, columns) of patches: the native ones, interpolated bicubically."""
+        """The position embeddings for (rows, columns) of patches, interpolated bicubically from the native ones."""
         native_grid_size = self.get_grid_size(self.image_size)
         if grid_size == native_grid_size:
             return self.position_embeddings
@@ -202,7 +195,7 @@ class CrossViTEmbeddings(CrossViTBranchTokens):
         return torch.cat((class_position, patch_positions.flatten(2).transpose(1, 2)), dim=1)
 
     def resize_position_embeddings(self, image_size: tuple[int, int], first_image_size: tuple[int, int]):
-        """Makes `image_size` the native (height, width) of this branch and `first_image_size` that of the first."""
+        """Changes the native (height, width) of this branch and what it knows of that of the first branch."""
         position_embeddings = self.interpolate_pos_encoding(self.get_grid_size(image_size)).detach().clone()
         self.position_embeddings = nn.Parameter(position_embeddings, self.position_embeddings.requires_grad)
         self.image_size = image_size
@@ -245,57 +238,23 @@ def eager_attention_forward(
     return attn_output, attn_weights
 
 
-def blockwise_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, None]:
-    """Eager attention of a few images at a time, whose weights stay in the cache of a CPU until they are used."""
-    weights_per_image = query.shape[1] * query.shape[2] * key.shape[2]
-    block_size = max(1, BLOCK_BYTES // (weights_per_image * query.element_size()))
-    blocks = zip(*(states.split(block_size) for states in (query, key, value)))
-    attn_outputs = []
-    for query_block, key_block, value_block in blocks:
-        attn_weights = torch.matmul(query_block * scaling, key_block.transpose(2, 3)).softmax(dim=-1)
-        attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
-        attn_outputs.append(torch.matmul(attn_weights, value_block).transpose(1, 2))
-    return torch.cat(attn_outputs), None
-
-
-def is_faster_blockwise(query: torch.Tensor, key: torch.Tensor) -> bool:
-    """Whether to use `blockwise_attention_forward` for sdpa, which takes twice as long on some CPUs in bfloat16."""
-    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # A program holds no number of blocks
-    if query.device.type != "cpu" or query.dtype != torch.bfloat16 or is_traced:
-        return False
-    # With AMX that is so for the backward pass alone; CPUs without either were not measured
-    needs_backward = torch.is_grad_enabled() and query.requires_grad
-    if not CPU_CAPABILITIES.get("avx512_bf16") or (CPU_CAPABILITIES.get("amx_tile") and not needs_backward):
-        return False
-    weights_per_image = query.shape[1] * query.shape[2] * key.shape[2]
-    return weights_per_image * query.element_size() <= 8 * BLOCK_BYTES  # Beyond, memory matters more
-
-
 def is_plain_linear(module: nn.Module) -> bool:
     """
-    Whether the weight and the bias of a projection are all there is to it. Adapters, quantization, sharding and
-    offloading replace the module, its parameters or its forward, or hook its call.
+    Whether a projection is nothing but its weight and bias: not adapted, quantized, sharded or offloaded.
+
+    Adapters and quantization replace the class or the parameter, sharding changes the shape or the type of the
+    parameter, and accelerate marks modules that it offloads.
     """
-    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
     return (
         type(module) is nn.Linear
         and type(module.weight) is nn.Parameter
-        and "forward" not in module.__dict__
-        and not any(hooks)
+        and module.weight.shape == (module.in_features, module.in_features)
+        and not hasattr(module, "_hf_hook")
     )
 
 
 class CrossViTAttention(nn.Module):
-    """Multi-head attention of the width and heads of a branch; subclasses make the queries, keys and values."""
+    """Multi-head attention in the width of a branch; the subclasses project the queries, keys and values."""
 
     def __init__(self, config: CrossViTConfig, branch: int):
         super().__init__()
@@ -315,12 +274,10 @@ class CrossViTAttention(nn.Module):
         value_states: torch.Tensor,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Queries, keys, values `(batch_size, num_heads, tokens, head_dim)` -> `(batch_size, queries, embed_dim)`."""
+        """Queries, keys, values `(batch_size, num_heads, tokens, head_dim)` -> `(batch_size, queries, embed_dim)`"""
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        if self.config._attn_implementation == "sdpa" and is_faster_blockwise(query_states, key_states):
-            attention_interface = blockwise_attention_forward
         attn_output, attn_weights = attention_interface(
             self,
             query_states,
@@ -335,7 +292,7 @@ class CrossViTAttention(nn.Module):
 
 
 class CrossViTSelfAttention(CrossViTAttention):
-    """Every token of a branch attends to all of them."""
+    """Self-attention of all tokens of a branch, with one projection for queries, keys and values."""
 
     def __init__(self, config: CrossViTConfig, branch: int):
         super().__init__(config, branch)
@@ -350,7 +307,13 @@ class CrossViTSelfAttention(CrossViTAttention):
 
 
 class CrossViTCrossAttention(CrossViTAttention):
-    """The first token, a class token on its visit, attends to all tokens, itself included."""
+    """
+    Cross-attention of a fusion: the class token is the only query; keys and values are all tokens, itself included.
+
+    With one query it takes about `head_dim` times fewer operations to project the query and the output than to project
+    all tokens (`absorbed_attention`). `k_proj` and `v_proj` are not called then, only their weights are read, so that
+    hooks on them do not run: choose `attn_implementation="eager"` if you need them.
+    """
 
     def __init__(self, config: CrossViTConfig, branch: int):
         super().__init__(config, branch)
@@ -362,9 +325,10 @@ class CrossViTCrossAttention(CrossViTAttention):
         self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.can_absorb_projections():
-            return self.attend_absorbed(hidden_states), None
+            return self.absorbed_attention(hidden_states), None
 
-        # (batch, tokens, dim) -> (batch, heads, tokens, head_dim), with one query; tensor parallelism has fewer heads
+        # (batch, tokens, dim) -> (batch, heads, tokens, head_dim), with one query; under tensor parallelism the heads
+        # are divided among the devices
         head_shape = (-1, self.head_dim)
         query_states = self.q_proj(hidden_states[:, :1]).unflatten(2, head_shape).transpose(1, 2)
         key_states = self.k_proj(hidden_states).unflatten(2, head_shape).transpose(1, 2)
@@ -372,18 +336,16 @@ class CrossViTCrossAttention(CrossViTAttention):
         return self.attend(query_states, key_states, value_states, **kwargs)
 
     def can_absorb_projections(self) -> bool:
-        """Other attention implementations were chosen for what they do, and dropped weights do not sum to one."""
-        return (
-            self.config._attn_implementation == "sdpa"
-            and is_plain_linear(self.k_proj)
-            and is_plain_linear(self.v_proj)
-            and not (self.training and self.attention_dropout > 0.0)
-        )
+        # trf-ignore: TRF051 the other implementations return attention weights or were chosen for their kernels
+        is_implied = self.config._attn_implementation in ("sdpa", "blockwise")
+        # Dropped weights do not sum to one, so that the bias of `v_proj` could not be added at the end
+        has_dropout = self.training and self.attention_dropout > 0.0
+        return is_implied and not has_dropout and is_plain_linear(self.k_proj) and is_plain_linear(self.v_proj)
 
-    def attend_absorbed(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def absorbed_attention(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """
-        The same with about `head_dim` times fewer operations, as there is one query: projects it and the output
-        instead of all tokens x_n with their weights p_n.
+        The same output with the projections of the tokens x_n, whose attention weights are p_n, absorbed into those of
+        the query q and of the output:
 
             (W_k x_n + b_k) . q = x_n . (W_k^T q) + b_k . q
             sum_n p_n (W_v x_n + b_v) = W_v (sum_n p_n x_n) + b_v
@@ -397,7 +359,7 @@ class CrossViTCrossAttention(CrossViTAttention):
         query_states = query_states.flatten(1).unflatten(1, head_shape).transpose(0, 1)
         absorbed_query = torch.bmm(query_states, key_weight).transpose(0, 1)
         attn_weights = torch.bmm(absorbed_query, hidden_states.transpose(1, 2))
-        if self.k_proj.bias is not None:  # The softmax cancels it, but every parameter needs a gradient
+        if self.k_proj.bias is not None:  # Cancelled by the softmax, but DDP wants a gradient for every parameter
             key_bias = self.k_proj.bias.unflatten(0, head_shape).unsqueeze(2)
             attn_weights = attn_weights + torch.bmm(query_states, key_bias).transpose(0, 1)
         attn_weights = attn_weights.softmax(dim=-1)
@@ -429,7 +391,7 @@ class CrossViTMLP(nn.Module):
 
 
 class CrossViTDropPath(nn.Module):
-    """Stochastic depth (arXiv:1603.09382): in training, leaves out a residual for a share of the samples."""
+    """Stochastic depth (arXiv:1603.09382): in training, drops a residual branch for some of the samples."""
 
     def __init__(self, drop_path_rate: float):
         super().__init__()
@@ -447,7 +409,7 @@ class CrossViTDropPath(nn.Module):
 
 
 class CrossViTLayer(GradientCheckpointingLayer):
-    """A pre-norm Transformer layer of one branch."""
+    """A pre-norm Transformer layer of one branch, as in ViT."""
 
     def __init__(self, config: CrossViTConfig, branch: int, drop_path_rate: float):
         super().__init__()
@@ -476,7 +438,7 @@ class CrossViTLayer(GradientCheckpointingLayer):
 
 
 class CrossViTBranch(nn.Module):
-    """The layers of one branch in one stage; without any it passes its tokens on."""
+    """The layers of one branch in one stage. Without layers it returns its input."""
 
     def __init__(self, config: CrossViTConfig, branch: int, depth: int, drop_path_rates: list[float]):
         super().__init__()
@@ -489,7 +451,7 @@ class CrossViTBranch(nn.Module):
 
 
 class CrossViTProjection(nn.Module):
-    """Takes a class token from the width of one branch to that of another."""
+    """Projects a class token from the width of one branch to that of another."""
 
     def __init__(self, config: CrossViTConfig, branch: int, target_branch: int):
         super().__init__()
@@ -502,7 +464,7 @@ class CrossViTProjection(nn.Module):
 
 
 class CrossViTCrossAttentionLayer(GradientCheckpointingLayer):
-    """A pre-norm cross-attention layer in the width of the visited branch; unlike other layers it has no MLP."""
+    """A pre-norm cross-attention layer in the width of the branch that it attends to. It has no MLP."""
 
     def __init__(self, config: CrossViTConfig, branch: int, drop_path_rate: float):
         super().__init__()
@@ -512,7 +474,7 @@ class CrossViTCrossAttentionLayer(GradientCheckpointingLayer):
         self.drop_path = CrossViTDropPath(drop_path_rate)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        # (batch, tokens, dim) -> (batch, 1, dim): the class token comes out alone
+        # (batch, tokens, dim) -> (batch, 1, dim): only the class token is updated
         residual = hidden_states[:, :1]
         hidden_states = self.layernorm(hidden_states)
         hidden_states, _ = self.attention(hidden_states, **kwargs)
@@ -524,10 +486,10 @@ class CrossViTCrossAttentionLayer(GradientCheckpointingLayer):
 
 class CrossViTFusion(CrossViTBranchTokens):
     """
-    Sends the class token of a branch to the patches of the next one.
+    Fuses the class token of a branch with the patches of the next branch.
 
-    With more than one cross-attention layer only the first sees the patches: what it gives the second is the class
-    token alone, which then attends to itself. The reference does so, and its weights expect it.
+    With more than one cross-attention layer only the first attends to the patches: it returns the class token only,
+    which then attends to itself in the others. The reference does the same, and its weights expect it.
     """
 
     def __init__(self, config: CrossViTConfig, branch: int, depth: int, drop_path_rate: float):
@@ -543,16 +505,16 @@ class CrossViTFusion(CrossViTBranchTokens):
         self, hidden_states: torch.Tensor, next_hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
     ) -> torch.Tensor:
         cls_token, patch_tokens = hidden_states[:, :1], hidden_states[:, 1:]
-        # (batch, 1, dim) -> (batch, 1, next dim): the class token visits the patches of the next branch
-        visit = torch.cat((self.projection(cls_token), next_hidden_states[:, 1:]), dim=1)
+        # (batch, 1, dim) -> (batch, 1 + next patches, next dim)
+        fused_tokens = torch.cat((self.projection(cls_token), next_hidden_states[:, 1:]), dim=1)
         for layer in self.layers:
-            visit = layer(visit, **kwargs)
-        # (batch, 1, next dim) -> (batch, 1, dim): and takes the place of the old one at home
-        return torch.cat((self.reverse_projection(visit), patch_tokens), dim=1)
+            fused_tokens = layer(fused_tokens, **kwargs)
+        # (batch, 1, next dim) -> (batch, 1 + patches, dim)
+        return torch.cat((self.reverse_projection(fused_tokens), patch_tokens), dim=1)
 
 
 class CrossViTStage(nn.Module):
-    """Some layers of each branch, then a fusion of each branch with the next one, the first coming after the last."""
+    """Some layers of each branch, then a fusion of each branch with the next one, of the last with the first."""
 
     def __init__(self, config: CrossViTConfig, stage: int, drop_path_rates: list[float]):
         super().__init__()
@@ -560,7 +522,7 @@ class CrossViTStage(nn.Module):
         self.branches = nn.ModuleList(
             CrossViTBranch(config, branch, depth, drop_path_rates) for branch, depth in enumerate(branch_depths)
         )
-        # 0 layers mean 1: the checkpoints of the reference have 0 in their depths and one layer in their weights
+        # 0 means one layer too: the checkpoints of the reference have a depth of 0 and the weights of one layer
         self.fusions = nn.ModuleList(
             CrossViTFusion(config, branch, max(1, fusion_depth), drop_path_rates[-1])
             for branch in range(config.num_branches)
@@ -568,7 +530,7 @@ class CrossViTStage(nn.Module):
 
     def forward(self, hidden_states: list[torch.Tensor], **kwargs: Unpack[TransformersKwargs]) -> list[torch.Tensor]:
         hidden_states = [branch(tokens, **kwargs) for branch, tokens in zip(self.branches, hidden_states)]
-        # Every fusion reads the branches as they were before any of the fusions
+        # Every fusion reads the tokens from before all fusions of the stage
         next_hidden_states = hidden_states[1:] + hidden_states[:1]
         return [
             fusion(tokens, next_tokens, **kwargs)
@@ -580,61 +542,39 @@ def get_drop_path_rates(config: CrossViTConfig) -> list[list[float]]:
     """
     The stochastic depth rates of each stage, rising linearly over all stages from 0 to `config.drop_path_rate`.
 
-    A stage takes as many as its longest branch and a fusion have layers. All its branches start at the first of them,
-    its fusions use the last one.
+    A stage has as many rates as its longest branch and a fusion have layers. Each branch starts with the first of
+    them; the fusions use the last.
     """
-    # In plain Python, since models are built on the meta device, where tensors have no values
+    # In plain Python, since models are built on the meta device, where tensors have no values (no torch.linspace)
     lengths = [max(1, max(branch_depths) + fusion_depth) for *branch_depths, fusion_depth in config.depth]
     step = config.drop_path_rate / max(1, sum(lengths) - 1)
     starts = [sum(lengths[:stage]) for stage in range(len(lengths))]
     return [[step * (start + layer) for layer in range(length)] for start, length in zip(starts, lengths)]
 
 
-# Every hidden state is what a `CrossViTBranchTokens` returns. Both options are assigned, not passed: transformers
-# before 5.9 does not know the first one, before 5.23 not the second.
-hidden_states_recorder = OutputRecorder(target_class=CrossViTBranchTokens)
-hidden_states_recorder.capture_initial_hidden_state = False
+# Assigned rather than passed, since Transformers knows this option from 5.23 on only
+hidden_states_recorder = OutputRecorder(target_class=CrossViTBranchTokens, capture_initial_hidden_state=False)
 hidden_states_recorder.num_hidden_layers_key = "num_hidden_states"
 
 
-def capture_branch_outputs(forward: Callable) -> Callable:
-    """`capture_outputs`, less the pixels that transformers before 5.9 records as the first hidden state."""
-    captured_forward = capture_outputs(forward, tie_last_hidden_states=False)
-    if "capture_initial_hidden_state" in OutputRecorder.__dataclass_fields__:
-        return captured_forward
-
-    @wraps(captured_forward)
-    def wrapper(self, *args, **kwargs):
-        return_dict = kwargs.pop("return_dict", self.config.return_dict)
-        outputs = captured_forward(self, *args, return_dict=True, **kwargs)
-        if outputs.hidden_states is not None:
-            outputs.hidden_states = outputs.hidden_states[1:]
-        return outputs if return_dict else outputs.to_tuple()
-
-    return wrapper
-
-
 def check_pixel_values(pixel_values: torch.Tensor | None, num_channels: int):
-    """Raises a `ValueError` for what is no batch of normalized images."""
-    hint = "The image processor of the checkpoint makes such a batch of images."
+    """Raises a `ValueError` unless `pixel_values` is a batch of normalized images."""
     if not isinstance(pixel_values, torch.Tensor):
-        raise ValueError(f"`pixel_values` must be a torch.Tensor, got {type(pixel_values).__name__}. {hint}")
-    if pixel_values.ndim != 4 or 0 in pixel_values.shape:
-        raise ValueError(
-            "`pixel_values` must be a batch of images of shape (batch_size, num_channels, height, width), none of them"
-            f" 0, got {tuple(pixel_values.shape)}. {hint}"
-        )
-    if pixel_values.shape[1] != num_channels:
-        raise ValueError(
-            f"`pixel_values` must have the {num_channels} channels of `config.num_channels`, got"
-            f" {pixel_values.shape[1]} in shape {tuple(pixel_values.shape)}. {hint}"
-        )
-    if not pixel_values.is_floating_point():
-        raise ValueError(f"`pixel_values` must be floating point, got {pixel_values.dtype}. {hint}")
+        received = type(pixel_values).__name__
+    elif pixel_values.ndim != 4 or pixel_values.shape[1] != num_channels or 0 in pixel_values.shape:
+        received = f"shape {tuple(pixel_values.shape)}"
+    elif not pixel_values.is_floating_point():
+        received = str(pixel_values.dtype)
+    else:
+        return
+    raise ValueError(
+        f"`pixel_values` must be a floating point tensor of shape (batch_size, {num_channels}, height, width) without"
+        f" empty dimensions, got {received}. The image processor of the checkpoint makes such a batch of images."
+    )
 
 
 class CrossViTPreTrainedModel(PreTrainedModel):
-    """Handles weights initialization, downloading and loading pretrained models, and changes of resolution."""
+    """Weight initialization, loading and saving of checkpoints, and changes of the image size."""
 
     config: CrossViTConfig
     base_model_prefix = "crossvit"
@@ -653,13 +593,10 @@ class CrossViTPreTrainedModel(PreTrainedModel):
         "cross_attentions": CrossViTCrossAttention,
     }
 
-    def __init__(self, config: CrossViTConfig, *inputs, **kwargs):
-        config.validate_architecture()  # Values may have been assigned since it was built
-        super().__init__(config, *inputs, **kwargs)
-
+    # trf-ignore: TRF018 the base class would draw convolutions from a normal distribution, the reference does not
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        """As the reference: truncated normal, but PyTorch's default for convolutions."""
+        """As in the reference: truncated normal for linear layers and tokens, PyTorch's default for convolutions."""
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=std)
@@ -667,9 +604,8 @@ class CrossViTPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Conv2d):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-            if module.bias is not None:
-                bound = 1 / math.sqrt(module.weight[0].numel())
-                init.uniform_(module.bias, -bound, bound)
+            bound = 1 / math.sqrt(module.weight[0].numel())
+            init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
@@ -679,16 +615,12 @@ class CrossViTPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, key_mapping: dict[str, str] | None = KEY_MAPPING, **kwargs) -> Self:
-        """As [`~PreTrainedModel.from_pretrained`], also for the weights of timm and of the authors' code."""
+        """As [`~PreTrainedModel.from_pretrained`], and for the weights of timm and of the authors' code."""
         return super().from_pretrained(*args, key_mapping=key_mapping, **kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
-        """As [`~PreTrainedModel.save_pretrained`]; a checkpoint that carries its code keeps it."""
-        kwargs["save_original_format"] = False  # Otherwise Transformers restores the names of a timm checkpoint
-        class_names = {name.split(".")[-1]: auto_class for auto_class, name in AUTO_MAP.items()}
-        auto_map = getattr(self.config, "auto_map", None)
-        with code_kept(self, class_names.get(type(self).__name__), auto_map):
-            super().save_pretrained(save_directory, **kwargs)
+    def save_pretrained(self, save_directory: str | os.PathLike, *, save_original_format: bool = False, **kwargs):
+        """As [`~PreTrainedModel.save_pretrained`], but a checkpoint of timm is saved with our names."""
+        super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
 
     @property
     def branch_embeddings(self) -> list[CrossViTEmbeddings]:
@@ -697,29 +629,29 @@ class CrossViTPreTrainedModel(PreTrainedModel):
         return list(embeddings)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The patch embeddings of the first branch: there is one module of them per branch."""
+        """The patch embeddings of the first branch; each branch has its own."""
         return self.branch_embeddings[0].patch_embeddings
 
     def set_input_embeddings(self, value: nn.Module):
         self.branch_embeddings[0].patch_embeddings = value
 
     def enable_input_require_grads(self):
-        """Lets gradients reach the inputs of the first layers, of every branch, while the weights below are frozen."""
+        """As [`~PreTrainedModel.enable_input_require_grads`], in every branch."""
         self._require_grads_hooks = [
             embeddings.patch_embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
             for embeddings in self.branch_embeddings
         ]
 
     def get_position_embeddings(self) -> tuple[nn.Parameter, ...]:
-        """The position embeddings of each branch, `(1, 1 + num_patches, embed_dim)`, that of the class token first."""
+        """The position embeddings of each branch, of shape `(1, 1 + num_patches, embed_dim)`, class token first."""
         return tuple(embeddings.position_embeddings for embeddings in self.branch_embeddings)
 
     def resize_position_embeddings(self, image_size: int | tuple[int | tuple[int, int], ...]):
         """
-        Changes the native image sizes for good: bicubically interpolates the position embeddings and updates the
-        config, so that a pretrained checkpoint can be fine-tuned, saved and loaded at another resolution.
+        Changes the native image sizes: interpolates the position embeddings bicubically and updates the config, so
+        that a pretrained checkpoint can be fine-tuned, saved and loaded at another resolution.
 
-        The parameters are new ones: create the optimizer afterwards.
+        The position embeddings are new parameters: create the optimizer afterwards.
 
         Args:
             image_size (`int` or `tuple`):
@@ -727,8 +659,8 @@ class CrossViTPreTrainedModel(PreTrainedModel):
                 per branch, or one `int` for all of them.
 
         Raises:
-            `ValueError`: for sizes that the model cannot take; it stays as it was.
-            `huggingface_hub.errors.StrictDataclassError`: for what is no size, likewise.
+            `ValueError`: if a size is not possible. The model is not changed then.
+            `huggingface_hub.errors.StrictDataclassError`: if it has the wrong type, likewise.
         """
         config = copy.deepcopy(self.config)
         config.image_size = image_size
@@ -742,13 +674,14 @@ class CrossViTModel(CrossViTPreTrainedModel):
     """
     The CrossViT encoder without a head: tokens of the last branch and class tokens of all branches.
 
-    It takes images of any size in three ways: each branch resizes them to its native size (the default, the
-    reference's behavior); with `interpolate_pos_encoding=True` the position embeddings are interpolated instead; and
-    [`~CrossViTPreTrainedModel.resize_position_embeddings`] changes the native size for good.
+    Images can have any size. By default each branch resizes them to its native size, as in the reference; with
+    `interpolate_pos_encoding=True` the position embeddings are interpolated instead; and
+    [`~CrossViTPreTrainedModel.resize_position_embeddings`] changes the native sizes.
     """
 
     def __init__(self, config: CrossViTConfig):
         super().__init__(config)
+        config.validate_architecture()  # Values may have been assigned since it was built
         self.embeddings = nn.ModuleList(CrossViTEmbeddings(config, branch) for branch in range(config.num_branches))
         self.stages = nn.ModuleList(
             CrossViTStage(config, stage, rates) for stage, rates in enumerate(get_drop_path_rates(config))
@@ -758,7 +691,7 @@ class CrossViTModel(CrossViTPreTrainedModel):
         # Initialize weights and apply final processing
         self.post_init()
 
-    @capture_branch_outputs
+    @capture_outputs(tie_last_hidden_states=False)
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -768,16 +701,16 @@ class CrossViTModel(CrossViTPreTrainedModel):
         r"""
         Args:
             pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`):
-                Normalized images, as [`CrossViTImageProcessor`] makes them.
+                Normalized images, as made by [`CrossViTImageProcessor`].
             interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
-                Whether to keep the resolution of the images and interpolate the position embeddings: the first branch
-                then takes them at their size and each other branch at its ratio to the first, all rounded to whole
+                Whether to keep the resolution of the images and interpolate the position embeddings. The first branch
+                then takes the images in their size, and each other branch in its ratio to the first, rounded to whole
                 patches.
             output_attentions, output_hidden_states, return_dict:
                 As in every model of Transformers.
 
         Raises:
-            `ValueError`: for `pixel_values` of another shape, without an image, or of integers.
+            `ValueError`: if `pixel_values` is not a batch of images in floating point.
 
         Example:
 
@@ -796,18 +729,18 @@ class CrossViTModel(CrossViTPreTrainedModel):
         for stage in self.stages:
             hidden_states = stage(hidden_states, **kwargs)
 
-        # Of the other branches only the class tokens leave the model
+        # Only the class tokens of the other branches are returned
         last_hidden_state = self.layernorms[-1](hidden_states[-1])
         cls_tokens = [layernorm(tokens[:, 0]) for layernorm, tokens in zip(self.layernorms[:-1], hidden_states)]
         cls_tokens.append(last_hidden_state[:, 0])
-        # With a `device_map` the branches may end on different devices
+        # With a `device_map` the branches may be on different devices
         pooler_output = torch.cat([token.to(last_hidden_state.device) for token in cls_tokens], dim=-1)
 
         return CrossViTModelOutput(last_hidden_state=last_hidden_state, pooler_output=pooler_output)
 
 
 class CrossViTClassificationHead(nn.Module):
-    """Class tokens `(batch_size, sum(embed_dim))` -> scores by branch `(batch_size, num_branches, num_labels)`."""
+    """Class tokens `(batch_size, sum(embed_dim))` -> scores per branch `(batch_size, num_branches, num_labels)`"""
 
     def __init__(self, config: CrossViTConfig):
         super().__init__()
@@ -820,7 +753,7 @@ class CrossViTClassificationHead(nn.Module):
 
 
 class CrossViTForImageClassification(CrossViTPreTrainedModel):
-    """CrossViT with a linear head on the class token of each branch; the scores are the mean of the heads'."""
+    """CrossViT with a linear head on the class token of each branch. Its logits are the mean of those of the heads."""
 
     def __init__(self, config: CrossViTConfig):
         super().__init__(config)
@@ -844,10 +777,10 @@ class CrossViTForImageClassification(CrossViTPreTrainedModel):
             pixel_values, interpolate_pos_encoding, output_attentions, output_hidden_states, return_dict:
                 As in [`CrossViTModel`].
             labels (`torch.Tensor`, *optional*):
-                For the loss: class indices `(batch_size,)` (cross-entropy), or floats `(batch_size, num_labels)`, 0 or
-                1 for each of several labels (binary cross-entropy) or values to regress (mean square). The kind
-                follows `config.problem_type`, and where that is `None`, `config.num_labels` and the type of the
-                labels.
+                Labels for the loss: class indices of shape `(batch_size,)` for cross-entropy, or floats of shape
+                `(batch_size, num_labels)`, either 0 or 1 for binary cross-entropy (multi-label classification) or
+                targets for mean squared error (regression). `config.problem_type` chooses the loss. If it is `None`,
+                `config.num_labels` and the type of the labels do.
 
         Example:
 
@@ -885,8 +818,8 @@ class CrossViTForImageClassification(CrossViTPreTrainedModel):
 
 class CrossViTBackbone(BackboneMixin, CrossViTPreTrainedModel):
     """
-    CrossViT as a backbone of dense prediction: the patch tokens of the chosen stages and branches (`out_features` or
-    `out_indices` of the config, names as in `config.stage_names`) as maps, before any final layer norm.
+    CrossViT as a backbone for dense prediction. Its feature maps are the patch tokens of the stages and branches in
+    `config.out_features` (see `config.stage_names`), before any final layer norm.
     """
 
     def __init__(self, config: CrossViTConfig):
@@ -910,12 +843,12 @@ class CrossViTBackbone(BackboneMixin, CrossViTPreTrainedModel):
             pixel_values, output_attentions, output_hidden_states, return_dict:
                 As in [`CrossViTModel`].
             interpolate_pos_encoding (`bool`, *optional*, defaults to `True`):
-                As in [`CrossViTModel`], but the default, since dense prediction wants maps in the resolution of the
-                images and the models that take a backbone call it with the images alone.
+                As in [`CrossViTModel`]. It is the default here: dense prediction needs maps in the resolution of the
+                images, and the models that use a backbone pass it the images only.
 
         Returns:
-            `BackboneOutput`: its `feature_maps` are of shape `(batch_size, embed_dim[branch], height, width)`, one
-            pixel a patch of the branch.
+            `BackboneOutput`: with `feature_maps` of shape `(batch_size, embed_dim[branch], rows, columns)`, a value
+            for each patch of the branch.
 
         Example:
 

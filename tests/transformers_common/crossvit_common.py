@@ -147,7 +147,7 @@ from tests import (  # noqa: E402
 
 if importlib.util.find_spec("tests.test_fsdp_mixin"):
     from tests import test_fsdp_mixin
-else:  # Transformers 5.4
+else:  # Transformers 5.10
     test_fsdp_mixin = types.SimpleNamespace(FSDPTesterMixin=type("FSDPTesterMixin", (), {}))
 
 # The tests know the models of Transformers by name,
@@ -159,10 +159,14 @@ for mapping, model_class in {
     names = getattr(test_modeling_common, mapping)
     setattr(test_modeling_common, mapping, {**names, "crossvit": model_class.__name__})
 test_pipeline_mixin.transformers_module = crossvit
-# also in the script of a process that they start (without torchvision),
+# also in the script of a process that they start, where torchvision cannot be imported,
 test_image_processing_common.subprocess = types.SimpleNamespace(
     run=lambda command, **kwargs: subprocess.run(
-        [argument.replace("import pickle", "import crossvit, pickle") for argument in command], **kwargs
+        [
+            argument.replace("from transformers import", "import crossvit\nfrom transformers import")
+            for argument in command
+        ],
+        **kwargs,
     )
 )
 # and run some for a few of them only, because they are slow
@@ -173,14 +177,14 @@ test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None
 test_fsdp_mixin._get_available_fsdp_workers = lambda: 4
 test_fsdp_mixin.SINGLE_PROCESS_DEVICES = {torch_device} - {"cpu"}
 
-# Transformers 5.4 downloads the photo itself
+# Transformers 5.10 downloads the photo itself
 test_image_processing_common.httpx = types.SimpleNamespace(
     get=lambda url, **kwargs: types.SimpleNamespace(content=png.getvalue())
 )
 
 
 class CrossViTForImageClassificationOfTokens(CrossViTForImageClassification):
-    """Takes the tokens of a text for the pixels of an image: the tests of training and sharding know text alone."""
+    """Takes the tokens of a text as the pixels of an image: the tests of training and sharding only have text."""
 
     def forward(self, input_ids, labels=None, use_cache=None):
         # (batch, tokens) -> (batch, 3, 2, tokens / 2)
@@ -242,7 +246,7 @@ class CrossViTModelTest(
         ).run_common_tests()
 
     def test_model_get_set_embeddings(self):
-        # The input embeddings of an image are no `nn.Embedding`
+        # The input embeddings of an image are not an `nn.Embedding`
         for model_class in self.all_model_classes:
             model = model_class(self.model_tester.get_config())
             self.assertIsInstance(model.get_input_embeddings(), CrossViTPatchEmbeddings)
@@ -367,6 +371,6 @@ class CrossViTImageProcessingTest(test_image_processing_common.ImageProcessingTe
         self.image_processor_tester = CrossViTImageProcessingTester()
 
     def test_call_numpy_4_channels(self):
-        # Arrays are converted to RGB too, so this must be off: later releases than 5.4 turn it off themselves
+        # Arrays are converted to RGB too, so this must be off; in Transformers 5.10 the test does not turn it off
         with patch.dict(self.image_processor_dict, do_convert_rgb=False):
             super().test_call_numpy_4_channels()

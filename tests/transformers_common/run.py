@@ -30,7 +30,7 @@ STAND_INS = {
 # What may be skipped ("name of the test: reason") and why: the environment or the kind of model
 ALLOWED_SKIPS = {
     r": test requires |parallel tests require": "an accelerator or a library that is not installed",
-    r"spawn one process per device|mixin tests are CPU-only": "the tests of sharding run on the CPU alone",
+    r"spawn one process per device|mixin tests are CPU-only": "the tests of sharding run on the CPU only",
     r"inputs_embeds|language modeling head|test_resize_embeddings": "no text, hence no vocabulary",
     r"take a cache as input": "nothing is generated, token by token",
     r"RoPE|sliding window": "position embeddings are learned, attention is global",
