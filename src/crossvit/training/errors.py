@@ -19,11 +19,7 @@ class CommandError(ValueError):
 
 
 class ImageDatasetError(CommandError):
-    """What is wrong with the images or labels of a user; it names the file or the row."""
+    """What is wrong with an image of a user; it names the file."""
 
 
-class ResumeError(CommandError):
-    """A run that cannot go on."""
-
-
-__all__ = ["CommandError", "ImageDatasetError", "ResumeError"]
+__all__ = ["CommandError", "ImageDatasetError"]
