@@ -298,25 +298,25 @@ def split_folders(folder: Path) -> dict[str, Path]:
 
 def with_common_columns(source: ImageSource, splits: dict[str, Any]) -> dict[str, Any]:
     """The splits with the columns "image", decoded as RGB, and "labels"."""
-    first = splits.get("train", next(iter(splits.values())))
-    features = first.features or first._resolve_features().features
+    # Some streams know their columns only after a look at the first row
+    splits = {name: split if split.features else split._resolve_features() for name, split in splits.items()}
+    features = splits.get("train", next(iter(splits.values()))).features
     image_column = source.image_column or only_column(source.data, "image", features)
     label_column = source.label_column or only_column(source.data, "label", features)
-    for option, column in (("image_column", image_column), ("label_column", label_column)):
-        if column not in features:
-            raise CommandError(f"--{option} {column}: {source.data} has the columns {', '.join(features)}")
-    if not isinstance(features[image_column], datasets.Image):
-        raise CommandError(f"{source.data}: the column {image_column!r} holds {features[image_column]}, not images")
-    common = {}
     for name, split in splits.items():
-        if split.features and not {image_column, label_column} <= set(split.features):
-            raise CommandError(f"{source.data}: {name!r} lacks the column {image_column!r} or {label_column!r}")
+        if missing := {image_column, label_column} - set(split.features):
+            raise CommandError(
+                f"{source.data}: {name!r} has no column {some(missing)}, only {', '.join(split.features)}; name the"
+                " columns with --image_column and --label_column"
+            )
+        if not isinstance(split.features[image_column], datasets.Image):
+            raise CommandError(f"{source.data}: {image_column!r} holds {split.features[image_column]}, not images")
         # Before the columns of a stream are renamed, which decodes its images
         split = split.cast_column(image_column, datasets.Image(mode="RGB"))
         split = split.select_columns([image_column, label_column])
         new_names = {image_column: "image", label_column: "labels"}
-        common[name] = split.rename_columns({old: new for old, new in new_names.items() if old != new})
-    return common
+        splits[name] = split.rename_columns({old: new for old, new in new_names.items() if old != new})
+    return splits
 
 
 def only_column(source: str, kind: str, features: datasets.Features) -> str:
@@ -343,25 +343,25 @@ def with_class_labels(source: ImageSource, splits: dict[str, Any], reference: An
     feature = reference.features["labels"]
     multi_label = hasattr(feature, "feature")
     dtype = str(getattr(feature.feature if multi_label else feature, "dtype", None))
-    if dtype not in ("string", "large_string", "bool") and "int" not in dtype:
-        raise CommandError(f"{source.data}: labels must be whole numbers or names of classes, got {feature}")
-    if source.streaming:
-        raise CommandError(f"{source.data}: labels of a stream need names, as a ClassLabel column has, got {feature}")
+    if source.streaming or not (dtype in ("string", "large_string", "bool") or "int" in dtype):
+        raise CommandError(
+            f"{source.data}: labels must be names of classes or whole numbers, those of a stream a ClassLabel column,"
+            f" got {feature}"
+        )
 
-    def of_kind(kind: Any) -> Any:
-        return datasets.List(kind) if multi_label else kind
+    def cast(kind: Any) -> dict[str, Any]:
+        column = datasets.List(kind) if multi_label else kind
+        return {name: split.cast_column("labels", column) for name, split in splits.items()}
 
-    text = of_kind(datasets.Value("string"))
-    splits = {name: split.cast_column("labels", text) for name, split in splits.items()}
-    values = {name: set(itertools.chain(*labels_of(split, multi_label))) for name, split in splits.items()}
-    known = values["train" if "train" in splits else next(iter(splits))] - {None}
+    splits = cast(datasets.Value("string"))
+    values = {name: set(itertools.chain(*labels_of(split, multi_label))) - {None} for name, split in splits.items()}
+    known = values.get("train", next(iter(values.values())))
     for name in splits:
         # `datasets` would read an unknown number as the index of a class
-        if unknown := values[name] - known - {None}:
+        if unknown := values[name] - known:
             raise CommandError(f"labels of {name!r} that 'train' does not have: {some(sorted(unknown))}")
-    names = sorted(known, key=int if "int" in dtype else str)
-    labels = of_kind(datasets.ClassLabel(names=names))
-    return {name: split.cast_column("labels", labels) for name, split in splits.items()}, labels
+    splits = cast(datasets.ClassLabel(names=sorted(known, key=int if "int" in dtype else str)))
+    return splits, next(iter(splits.values())).features["labels"]
 
 
 def labels_of(split: datasets.Dataset, multi_label: bool) -> Iterable[list[Any]]:

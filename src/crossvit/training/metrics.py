@@ -34,7 +34,21 @@ TOP_K = 5
 MAX_NAMES = 40  # more class names do not fit beside a confusion matrix
 
 
-class SingleLabelMetric(evaluate.Metric):
+class OfflineMetric(evaluate.Metric):
+    """A metric in memory, whose features are those of a prediction and a reference."""
+
+    columns: dict[str, Any]
+
+    def __init__(self, **kwargs):
+        super().__init__(**{"keep_in_memory": True, **kwargs})
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=self.__doc__, citation="", features=datasets.Features(self.columns), inputs_description=""
+        )
+
+
+class SingleLabelMetric(OfflineMetric):
     """
     Accuracy and macro F1 of images with one label each, and top-5 accuracy if there are more than five classes.
 
@@ -46,14 +60,7 @@ class SingleLabelMetric(evaluate.Metric):
         `dict[str, float]`: "accuracy", "f1" (the mean over all classes that occur) and "top5_accuracy".
     """
 
-    def __init__(self, **kwargs):
-        super().__init__(**{"keep_in_memory": True, **kwargs})
-
-    def _info(self) -> evaluate.MetricInfo:
-        features = {"predictions": datasets.Sequence(datasets.Value("int64")), "references": datasets.Value("int64")}
-        return evaluate.MetricInfo(
-            description=self.__doc__, citation="", features=datasets.Features(features), inputs_description=""
-        )
+    columns = {"predictions": datasets.Sequence(datasets.Value("int64")), "references": datasets.Value("int64")}
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         ranking, labels = np.asarray(predictions), np.asarray(references)
@@ -74,7 +81,7 @@ class SingleLabelMetric(evaluate.Metric):
         return self.compute(predictions=prediction.predictions, references=prediction.label_ids)
 
 
-class MultiLabelMetric(evaluate.Metric):
+class MultiLabelMetric(OfflineMetric):
     """
     Metrics of images with any number of labels each: a class is predicted if its probability is at least a half.
 
@@ -87,14 +94,7 @@ class MultiLabelMetric(evaluate.Metric):
         over the classes, and "micro_f1": over all labels.
     """
 
-    def __init__(self, **kwargs):
-        super().__init__(**{"keep_in_memory": True, **kwargs})
-
-    def _info(self) -> evaluate.MetricInfo:
-        features = {name: datasets.Sequence(datasets.Value("int64")) for name in ("predictions", "references")}
-        return evaluate.MetricInfo(
-            description=self.__doc__, citation="", features=datasets.Features(features), inputs_description=""
-        )
+    columns = dict.fromkeys(("predictions", "references"), datasets.Sequence(datasets.Value("int64")))
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         predicted, labels = np.asarray(predictions), np.asarray(references)
