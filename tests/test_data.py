@@ -77,6 +77,11 @@ def test_file_names_make_no_splits(source, name):
     assert len(load(source).splits["train"]) == 13 and load(source).splits.keys() == {"train"}
 
 
+def test_names_of_folders_are_not_patterns(tmp_path):
+    write_images(tmp_path / "photos [1]*", classes=["ant [2]", "bee?"])
+    assert load(tmp_path / "photos [1]*").class_names == ["ant [2]", "bee?"]
+
+
 def test_a_class_may_be_called_like_a_split(source):
     write_images(source, classes=["bus", "train", "tram"])
     assert load(source).class_names == ["bus", "train", "tram"]
