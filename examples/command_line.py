@@ -20,18 +20,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers.hf_argparser import HfArgumentParser
 
-
-# Torch is imported where it is needed: a typo in an option then costs little time
+# These are imported where they are needed: a typo in an option then costs little time
 if TYPE_CHECKING:
+    from transformers import HfArgumentParser
+
     from crossvit import CrossViTConfig, CrossViTForImageClassification
 
 
 QUICKSTART = Path("outputs/quickstart")
 
 
-def make_parser(groups: Any, description: str, defaults: dict[str, Any]) -> HfArgumentParser:
+def make_parser(groups: Any, description: str, defaults: dict[str, Any]) -> "HfArgumentParser":
     """
     The parser of a command.
 
@@ -40,13 +40,15 @@ def make_parser(groups: Any, description: str, defaults: dict[str, Any]) -> HfAr
         description (`str`): what it does.
         defaults (`dict[str, Any]`): of options, where they differ from those of the dataclasses.
     """
+    from transformers import HfArgumentParser
+
     parser = HfArgumentParser(groups, description=description, usage="%(prog)s [options]\n%(prog)s --help")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.set_defaults(**defaults)
     return parser
 
 
-def parse(parser: HfArgumentParser) -> tuple[Any, ...]:
+def parse(parser: "HfArgumentParser") -> tuple[Any, ...]:
     """The options of this command, as dataclasses. Values that do not fit each other end it as wrong options do."""
     parser.parse_args()  # the next line would report an unknown option by a trace
     try:

@@ -18,7 +18,8 @@ torchrun --nproc_per_node 8 examples/evaluate_checkpoint.py ...      # on severa
 """
 
 import json
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.utils import cached_file
 
 from crossvit.training.augmentation import Collator, EvaluationTransform
-from crossvit.training.data import ImageSource, LabelledImages, match_classes
+from crossvit.training.data import ImageSource, LabelledImages
 from crossvit.training.errors import CommandError
 from crossvit.training.metrics import SingleLabelMetric
 from crossvit.training.run import transformed
@@ -80,6 +81,27 @@ def published_figures(model: str) -> dict[str, Any] | None:
     return next((variant for variant in variants if model == variant["timm_id"] or name == variant["name"]), None)
 
 
+def match_classes(config: Any, class_names: list[str], by_order: bool) -> list[int]:
+    """For each class of the data, its index in the model: by its name, or by its place if the order is known."""
+    of_model = [str(config.id2label[index]) for index in range(config.num_labels)]
+    if set(class_names) <= set(of_model) and len(set(of_model)) == len(of_model):
+        return [of_model.index(name) for name in class_names]
+    if len(class_names) != len(of_model):
+        raise CommandError(
+            f"the model has {len(of_model)} classes ({of_model[0]!r}, ...), the data has {len(class_names)} others"
+            f" ({class_names[0]!r}, ...)"
+        )
+    # The names of ImageNet's folders are in the order of its classes
+    if by_order or (len(class_names) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in class_names)):
+        print(f"Classes are matched by their order: {class_names[0]!r} is {of_model[0]!r}, and so on")
+        return list(range(len(of_model)))
+    unknown = next(name for name in class_names if name not in of_model)
+    raise CommandError(
+        f"the model has no class {unknown!r}; if the classes of the data have other names than the model's"
+        f" ({of_model[0]!r}, ...) and the same order, say --by_order"
+    )
+
+
 def choose_split(images: LabelledImages, args: EvaluationArguments) -> str:
     names = ("validation", "test", *images.splits) if len(images.splits) == 1 else ("validation", "test")
     split = args.split or next((name for name in names if name in images.splits), None)
@@ -113,10 +135,11 @@ def main() -> None:
     model, processor = load_checkpoint(args.model, dtype=getattr(torch, args.dtype))
     with training_args.main_process_first():
         images = LabelledImages.load(source)
+        if images.multi_label:
+            raise CommandError(f"{source.data}: images with several labels each have no top-1 accuracy")
+        split = choose_split(images, args)
+        images = replace(images, splits={split: images.splits[split]})
         images.check_images()
-    if images.multi_label:
-        raise CommandError(f"{source.data}: images with several labels each have no top-1 accuracy")
-    split = choose_split(images, args)
     classes = match_classes(model.config, images.class_names, args.by_order)
     metric = SingleLabelMetric()
     trainer = Trainer(

@@ -66,6 +66,8 @@ def test_half_precision_is_measured_in_half_precision(measure, dtype, monkeypatc
 
 
 def test_images_that_cannot_be_read_are_named(measure, zoo):
+    (zoo / "train" / "cow" / "2.png").write_text("no image")
+    assert measure()[0]["images"] == 9  # of another split
     (zoo / "validation" / "cow" / "2.png").write_text("no image")
     message = measure(status=1)[1]
     assert "1 of 9 images of 'validation' cannot be read" in message and "validation/cow/2.png" in message

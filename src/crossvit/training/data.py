@@ -16,7 +16,6 @@
 import glob
 import itertools
 import os
-import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -369,36 +368,6 @@ def labels_of(split: datasets.Dataset, multi_label: bool) -> Iterable[list[Any]]
     return ([None] if label is None else label if multi_label else [label] for label in split["labels"])
 
 
-def match_classes(config: Any, class_names: list[str], by_order: bool) -> list[int]:
-    """
-    For each class of the data, its index in the model: that of its name, or of its place.
-
-    Args:
-        config ([`CrossViTConfig`]): of the model.
-        class_names (`list[str]`): of the data.
-        by_order (`bool`): whether other names are in the order of the model's. Those of ImageNet's folders are.
-
-    Raises:
-        `CommandError`: if a class of the data is not one of the model's.
-    """
-    of_model = [str(config.id2label[index]) for index in range(config.num_labels)]
-    if set(class_names) <= set(of_model) and len(set(of_model)) == len(of_model):
-        return [of_model.index(name) for name in class_names]
-    if len(class_names) != len(of_model):
-        raise CommandError(
-            f"the model has {len(of_model)} classes ({of_model[0]!r}, ...), the data has {len(class_names)} others"
-            f" ({class_names[0]!r}, ...)"
-        )
-    if by_order or (len(class_names) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in class_names)):
-        print(f"Classes are matched by their order: {class_names[0]!r} is {of_model[0]!r}, and so on")
-        return list(range(len(of_model)))
-    unknown = next(name for name in class_names if name not in of_model)
-    raise CommandError(
-        f"the model has no class {unknown!r}; if the classes of the data have other names than the model's"
-        f" ({of_model[0]!r}, ...) and the same order, say --by_order"
-    )
-
-
 def inspect_image(image: dict[str, Any] | None) -> dict[str, Any]:
     """What keeps an encoded image from being used, and whether it has transparent pixels."""
     try:
@@ -417,4 +386,4 @@ def some(names: Iterable[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit:,} more" if len(names) > limit else "")
 
 
-__all__ = ["DataArguments", "ImageSource", "LabelledImages", "match_classes"]
+__all__ = ["DataArguments", "ImageSource", "LabelledImages"]
