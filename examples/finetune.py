@@ -41,8 +41,7 @@ from crossvit.training.augmentation import AugmentationArguments
 from crossvit.training.data import DataArguments, LabelledImages
 from crossvit.training.errors import CommandError
 from crossvit.training.image_sizes import set_image_size
-from crossvit.training.run import TRAINING_DEFAULTS, finish, make_trainer, prepare_images
-from crossvit.training.trainer import last_usable_checkpoint
+from crossvit.training.run import TRAINING_DEFAULTS, finish, make_trainer, prepare_images, train
 
 
 DEFAULTS = {
@@ -130,7 +129,7 @@ def main() -> None:
     trainer = make_trainer(model, processor, images, data, augmentation, args, model_args.average_decay)
     if model_args.lora_rank and trainer.is_fsdp_enabled:
         raise CommandError("--lora_rank: adapters are too small for FSDP; use one of them")
-    trainer.train(resume_from_checkpoint=last_usable_checkpoint(args.output_dir))
+    train(trainer)
     if model_args.lora_rank:
         if args.should_save:  # with the classes and the image size that it is for
             adapter = Path(args.output_dir) / "adapter"

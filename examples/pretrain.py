@@ -36,8 +36,7 @@ from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTIma
 from crossvit.training.augmentation import AugmentationArguments
 from crossvit.training.data import DataArguments
 from crossvit.training.errors import CommandError
-from crossvit.training.run import TRAINING_DEFAULTS, finish, make_trainer, prepare_images
-from crossvit.training.trainer import last_usable_checkpoint
+from crossvit.training.run import TRAINING_DEFAULTS, finish, make_trainer, prepare_images, train
 
 
 VARIANTS = Path(__file__).parents[1] / "conversion" / "variants.json"
@@ -171,7 +170,7 @@ def main() -> None:
     config.problem_type = "single_label_classification"  # even where the labels are probabilities
     model = CrossViTForImageClassification(config)
     trainer = make_trainer(model, processor, images, data, augmentation, args, recipe.average_decay or None)
-    trainer.train(resume_from_checkpoint=last_usable_checkpoint(args.output_dir))
+    train(trainer)
     finish(trainer, images, data)
 
 

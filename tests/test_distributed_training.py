@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 
 pytestmark = pytest.mark.slow
-# Plain gradient descent shows rounding as it is; AdamW divides by it where gradients are small. No augmentation, since
-# each process has random numbers of its own
+# Plain gradient descent shows rounding as it is; AdamW divides by it where gradients are small. No augmentation, for
+# which two processes draw other random numbers than one
 OPTIONS = [*TINY_TRAINING, *"--num_train_epochs 3 --optim sgd --learning_rate 0.1 --logging_steps 1".split()]
 OPTIONS += "--crop_scale 1 1 --horizontal_flip 0 --per_device_eval_batch_size 2 --save_total_limit 9".split()
 OPTIONS += ["--load_best_model_at_end", "false"]

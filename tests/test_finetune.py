@@ -232,8 +232,11 @@ def test_an_output_among_the_images_is_refused(example, zoo, small_config, tmp_p
     assert status == 1 and "lies in --data" in errors and not (zoo / "out").exists()
 
 
-def test_what_was_found_is_printed(example, zoo, small_config, tmp_path):
+def test_what_was_found_is_printed_and_where_a_run_goes_on(example, zoo, small_config, tmp_path):
     small_config.save_pretrained(tmp_path / "config")
     arguments = ["--config", tmp_path / "config", "--data", zoo, "--output_dir", tmp_path / "out", *TINY_TRAINING]
-    status, output, _ = example("finetune", *arguments, "--num_train_epochs", "0.1")
+    status, output, _ = example("finetune", *arguments, "--num_train_epochs", "1")
     assert status == 0 and "Images: 24 train, 9 validation; 3 classes: ant, bee, cow" in output
+    assert "Going on" not in output
+    status, output, _ = example("finetune", *arguments, "--num_train_epochs", "2")
+    assert status == 0 and f"Going on from {tmp_path / 'out' / 'checkpoint-3'}" in output

@@ -23,7 +23,7 @@ from .augmentation import AugmentationArguments, Collator, EvaluationTransform, 
 from .data import DataArguments, LabelledImages
 from .errors import CommandError
 from .metrics import MultiLabelMetric, SingleLabelMetric, save_confusion_matrix
-from .trainer import CrossViTTrainer
+from .trainer import CrossViTTrainer, last_usable_checkpoint
 
 
 # Of TrainingArguments, where images are concerned or a user of a command expects it
@@ -104,6 +104,14 @@ def transformed(split: Any, transform: Any) -> Any:
     return split.map(transform, batched=True, batch_size=32, remove_columns=["image", "labels"])
 
 
+def train(trainer: CrossViTTrainer) -> None:
+    """Trains, or goes on with a training that was stopped, from its last usable checkpoint."""
+    checkpoint = last_usable_checkpoint(trainer.args.output_dir)
+    if checkpoint and trainer.args.should_log:
+        print(f"Going on from {checkpoint}", flush=True)
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
 def finish(trainer: CrossViTTrainer, images: LabelledImages, data: DataArguments) -> None:
     """Evaluates the trained model on all that was not trained with, saves it, and pushes it to the Hub on request."""
     output = Path(trainer.args.output_dir)
@@ -130,4 +138,4 @@ def finish(trainer: CrossViTTrainer, images: LabelledImages, data: DataArguments
         print(f"Saved the model and its image processor in {output}", flush=True)
 
 
-__all__ = ["TRAINING_DEFAULTS", "finish", "make_trainer", "prepare_images", "transformed"]
+__all__ = ["TRAINING_DEFAULTS", "finish", "make_trainer", "prepare_images", "train", "transformed"]
