@@ -18,8 +18,4 @@ class CommandError(ValueError):
     """What the user did, gave or met, in one line that names it and the remedy."""
 
 
-class ImageDatasetError(CommandError):
-    """What is wrong with an image of a user; it names the file."""
-
-
-__all__ = ["CommandError", "ImageDatasetError"]
+__all__ = ["CommandError"]
