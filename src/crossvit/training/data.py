@@ -106,16 +106,17 @@ class LabelledImages:
                 raise CommandError(f"{source.data}: the labels of {name!r} have other names than those of the rest")
         if not isinstance(feature.feature if multi_label else feature, datasets.ClassLabel):
             splits, feature = with_class_labels(source, splits, reference)
+        test = splits.get("test")
+        if isinstance(test, datasets.Dataset) and not multi_label and set(test["labels"]) == {-1}:
+            del splits["test"]
         images = cls(splits, list((feature.feature if multi_label else feature).names), multi_label)
         images.check_labels()
         return images
 
     def check_labels(self) -> None:
-        for name, split in list(self.splits.items()):
+        """Raises a `CommandError` for labels that are not those of a class."""
+        for name, split in self.splits.items():
             if isinstance(split, datasets.IterableDataset):
-                continue
-            if name == "test" and not self.multi_label and set(split["labels"]) == {-1}:
-                del self.splits[name]
                 continue
             valid = range(len(self.class_names))
             rows = enumerate(labels_of(split, self.multi_label))
