@@ -6,7 +6,6 @@ import pytest
 from timm_reference import perturb
 
 from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
-from crossvit.interpretability.plotting import overlay
 
 
 def save_checkpoint(config, folder):
@@ -60,14 +59,3 @@ def test_what_is_wrong_is_named(example, small_config, tmp_path):
         status, output, errors = example("explain", *arguments)
         assert status == 1 and message in errors and len(errors.splitlines()) == 1, errors
         assert output == "" and not (tmp_path / "a.txt").exists()
-
-
-def test_overlay_is_brightest_where_the_values_are_highest():
-    image = PIL.Image.new("RGB", (30, 20), (90, 90, 90))
-    values = np.zeros((20, 30))
-    values[5, 7] = 3
-    pixels = np.asarray(overlay(image, values)).sum(axis=2)
-    assert pixels.shape == (20, 30) and np.unravel_index(pixels.argmax(), pixels.shape) == (5, 7)
-    assert len(np.unique(pixels)) == 2
-    # Values of zero alone, as of a head that attends to the class token, and negative ones are no problem
-    assert np.array_equal(overlay(image, np.zeros((20, 30))), overlay(image, np.full((20, 30), -1.0)))
