@@ -58,6 +58,7 @@ FORMATS = {
     "torchao-int8": ("torchao",),
     "executorch": ("executorch",),
 }
+SPLITS = ("train", "validation", "val", "test")  # of a data set: the first calibrates, the second measures
 TOLERANCE = 1e-4  # between the logits of a float32 program and those of the model
 ACCURACY_LOSS = 0.01  # that a faster program may have
 ROUNDS = 5  # in which programs take turns to be timed
@@ -74,7 +75,8 @@ def load_images(args: argparse.Namespace, label2id: dict[Any, Any], processor: A
     from tqdm import tqdm
     from transformers.image_utils import load_image
 
-    splits = [args.data / split for split in ("train", "validation", "val", "test") if (args.data / split).is_dir()]
+    names = {path.name for path in args.data.iterdir() if path.is_dir()}
+    splits = [args.data / split for split in SPLITS if split in names] if names <= set(SPLITS) else []
     folders = [ImageFolder(folder) for folder in splits[:2] or [args.data]]
     for folder in folders:
         random.Random(0).shuffle(folder.samples)  # They come by class
@@ -83,6 +85,8 @@ def load_images(args: argparse.Namespace, label2id: dict[Any, Any], processor: A
         calibration = calibration[: len(test) // 2]
         test = test[len(calibration) :]
     test = test[: args.test_images]
+    if not calibration or not test:
+        raise ValueError(f"--data {args.data}: needs images to calibrate with and others to measure with")
 
     classes = folders[-1].classes
     if args.by_order and len(classes) == len(label2id):

@@ -216,64 +216,41 @@ def make_white_detector(small_config, **options) -> CrossViTForImageClassificati
 @pytest.mark.parametrize(
     "size, options, interpolate_pos_encoding",
     [
-        ((36, 36), {"do_resize": False}, False),
         ((300, 200), {}, False),
         ((110, 470), {}, False),
-        ((20, 26), {}, False),
         ((31, 90), {"do_resize": False}, False),  # padded on the left and right
-        ((96, 66), {"do_resize": False, "do_center_crop": False}, True),
         ((100, 71), {"do_resize": False, "do_center_crop": False}, True),  # rounded to whole patches
-        ((300, 200), {"do_center_crop": False}, True),
     ],
 )
-@pytest.mark.parametrize("place", [(0.5, 0.5), (0.35, 0.6), (0.62, 0.41)])
+@pytest.mark.parametrize("place", [(0.35, 0.6), (0.62, 0.41)])
 def test_attention_to_a_white_spot_is_drawn_where_the_spot_is(
     small_config, size, options, interpolate_pos_encoding, place
 ):
     model = make_white_detector(small_config)
     processor = make_processor(**{"image_mean": [0, 0, 0], "image_std": [1, 1, 1], **options})
     width, height = size
-    spot = (place[0] * width, place[1] * height)
     # The spot is a little smaller than a patch of the first branch
-    shape = processor(PIL.Image.new("RGB", size), return_tensors="pt").pixel_values.shape
-    image = PIL.Image.new("RGB", size)
-    crop = CropRegion.from_processed(processor, image, torch.zeros(shape))
-    pixels = np.zeros((height, width, 3), dtype=np.uint8)
+    black = PIL.Image.new("RGB", size)
+    crop = CropRegion.from_processed(processor, black, processor(black, return_tensors="pt").pixel_values)
     half = max(0.5, 2.5 * min(crop.size) / 36)
-    pixels[int(spot[1] - half) : int(spot[1] + half) + 1, int(spot[0] - half) : int(spot[0] + half) + 1] = 255
+    row, column = place[1] * height, place[0] * width
+    pixels = np.zeros((height, width, 3), dtype=np.uint8)
+    pixels[int(row - half) : int(row + half) + 1, int(column - half) : int(column + half) + 1] = 255
+    center = np.argwhere(pixels[..., 0]).mean(axis=0)
+
     maps = AttentionMaps(model, processor, PIL.Image.fromarray(pixels), interpolate_pos_encoding)
-    rows, columns = np.nonzero(pixels[..., 0])
-    center = np.array([rows.mean(), columns.mean()])
-    for branch in (0, 1):
-        next_branch = 1 - branch
-        for attention, grid in (
-            (maps.self_attention(branch), maps.grid_sizes[branch]),
-            (maps.cross_attention(branch), maps.grid_sizes[next_branch]),
-        ):
-            aligned = attention.on_image()
-            assert aligned.shape == (height, width)
-            assert aligned.sum() == pytest.approx(1, abs=ROW_TOLERANCE)
-            found = [(aligned.sum(axis=1) * np.arange(height)).sum(), (aligned.sum(axis=0) * np.arange(width)).sum()]
-            # The spot lies in the attended patch or patches, whose center is at most one patch away
-            patch = np.array(crop.size) / grid
-            assert (np.abs(np.array(found) - center) <= patch).all(), (found, center, patch)
-            # No attention goes to patches beyond those to which resizing smears the spot
-            near = patch + 4 * np.array(crop.size) / shape[-2:]
-            top, left = np.maximum(np.floor(np.array([rows.min(), columns.min()]) - near), 0).astype(int)
-            bottom, right = np.ceil(np.array([rows.max(), columns.max()]) + near).astype(int)
-            assert aligned[top : bottom + 1, left : right + 1].sum() > 1 - ROW_TOLERANCE
-            smooth = attention.on_image(smooth=True)
-            row, column = np.unravel_index(smooth.argmax(), smooth.shape)
-            assert (np.abs(np.array([row, column]) - center) <= patch + 1).all()
-
-
-def test_a_patch_of_an_image_of_native_size_covers_its_own_pixels(small_config):
-    model = make_white_detector(small_config)
-    processor = make_processor(do_resize=False, image_mean=[0, 0, 0], image_std=[1, 1, 1])
-    pixels = np.zeros((36, 36, 3), dtype=np.uint8)
-    pixels[12:18, 24:30] = 255
-    aligned = AttentionMaps(model, processor, PIL.Image.fromarray(pixels)).self_attention(0).on_image()
-    assert np.allclose(aligned, pixels[..., 0] / 255 / 36, atol=1e-6)
+    for attention in (*map(maps.self_attention, (0, 1)), *map(maps.cross_attention, (0, 1))):
+        ((branch, patches),) = attention.patches.items()
+        assert patches.shape == maps.grid_sizes[branch]
+        # The center of the attended patch or patches is at most one patch away from that of the spot
+        patch = np.array(crop.size) / patches.shape
+        aligned = attention.on_image()
+        assert aligned.shape == (height, width) and aligned.sum() == pytest.approx(1, abs=ROW_TOLERANCE)
+        found = [(aligned.sum(axis=1) * np.arange(height)).sum(), (aligned.sum(axis=0) * np.arange(width)).sum()]
+        assert (np.abs(found - center) <= patch).all(), (found, center, patch)
+        smooth = attention.on_image(smooth=True)
+        peak = np.unravel_index(smooth.argmax(), smooth.shape)
+        assert (np.abs(peak - center) <= patch + 1).all(), (peak, center, patch)
 
 
 def test_scaled_copy_has_the_same_attention(model):
@@ -361,27 +338,6 @@ def test_threads_do_not_mix_their_maps(model):
 def test_backbone_is_refused(small_config):
     with pytest.raises(TypeError, match="got a CrossViTBackbone"):
         AttentionMaps(CrossViTBackbone(small_config), make_processor(), make_image())
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 300), (2000, 3)])
-def test_extreme_images(model, size):
-    maps = AttentionMaps(model, make_processor(), PIL.Image.new("L", size, 200))
-    for attention in (maps.self_attention(0), maps.cross_attention(1), maps.rollout()):
-        on_patches = sum(shares.sum() for shares in attention.patches.values())
-        assert attention.on_image().shape == (size[1], size[0])
-        assert attention.on_image().sum() == pytest.approx(on_patches, abs=1e-9)
-        assert np.isfinite(attention.on_image(smooth=True)).all()
-
-
-def test_photo_is_turned_upright_as_in_pipelines(model, tmp_path):
-    image = make_image(60, 44)
-    exif = PIL.Image.Exif()
-    exif[274] = 6  # rotated by 90 degrees clockwise
-    image.save(tmp_path / "photo.png", exif=exif)
-    maps = AttentionMaps(model, make_processor(), str(tmp_path / "photo.png"))
-    upright = AttentionMaps(model, make_processor(), image.transpose(PIL.Image.Transpose.ROTATE_270))
-    assert maps.image.size == (44, 60)
-    assert np.array_equal(maps.rollout().on_image(), upright.rollout().on_image())
 
 
 def test_base_and_adapted_models_have_the_same_maps(model):
