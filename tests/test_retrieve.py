@@ -52,6 +52,8 @@ def test_images_of_one_folder_are_nearest(retrieve, photos, tmp_path):
     assert "100.0% of the 5 nearest of 12 images are in the same folder" in output
     with PIL.Image.open(tmp_path / "found.png") as picture:
         assert min(picture.size) > 500
+    # Five of the eleven other images: a query is not its own nearest
+    assert "45.5% of the 11 nearest of 12 images" in retrieve("--data", photos, "--nearest", 20)
 
 
 def test_nearest_images_are_those_of_the_cosine(retrieve, photos, checkpoint):
