@@ -14,11 +14,8 @@
 """Pictures of attention maps and predictions, in colors that color-blind readers can distinguish. Matplotlib is loaded
 when something is drawn."""
 
-import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,39 +30,6 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#BBBBBB"
 HEAT = "inferno"
 CELL = 2.1  # inches, the width of a picture in a row
-MAX_NAMES = 40  # more do not fit beside the rows
-
-
-def draw_confusion_matrix(matrix: np.ndarray, class_names: list[str]) -> "Figure":
-    """
-    A confusion matrix as a picture: the share of the images of a class, the row, by what they were taken for.
-
-    Args:
-        matrix (`np.ndarray`): counts (classes, classes), of [`confusion_matrix`].
-        class_names (`list[str]`): of the rows and columns.
-    """
-    from matplotlib.figure import Figure
-
-    classes = len(class_names)
-    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    side = min(4 + 0.35 * classes, 16)
-    figure = Figure(figsize=(side + 1.2, side), dpi=120, layout="constrained")
-    axis = figure.subplots()
-    image = axis.imshow(shares, cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
-    if classes <= MAX_NAMES:
-        names = [name.split(",")[0][:24] for name in class_names]
-        axis.set_xticks(range(classes), names, rotation=90, parse_math=False)
-        axis.set_yticks(range(classes), names, parse_math=False)
-        for row, column in zip(*np.nonzero(matrix)):
-            color = "black" if shares[row, column] > 0.5 else "white"
-            axis.text(column, row, str(matrix[row, column]), ha="center", va="center", color=color, fontsize=9)
-    what = "class" if classes <= MAX_NAMES else "class (its index)"
-    size = 8 + side / 2  # of letters, in points
-    axis.set_xlabel(f"predicted {what}", fontsize=size)
-    axis.set_ylabel(what, fontsize=size)
-    axis.set_title(f"{np.trace(matrix):,} of {matrix.sum():,} images are right", fontsize=size)
-    figure.colorbar(image, ax=axis, shrink=0.8).set_label("share of the images of the class", fontsize=size)
-    return figure
 
 
 def display_size(image: PIL.Image.Image, side: int = 480) -> tuple[int, int]:
@@ -179,21 +143,4 @@ def draw_rows(rows: Sequence[Sequence[Picture | Scores | None]], heat: str = "")
     return figure
 
 
-def save_figure(figure: "Figure", path: Path) -> None:
-    """
-    Writes a picture, whole or not at all.
-
-    Raises:
-        `ValueError`: for a format that Matplotlib cannot write.
-    """
-    formats = figure.canvas.get_supported_filetypes()
-    if path.suffix[1:] not in formats:
-        raise ValueError(f"{path}: the name of a picture ends with one of {', '.join(formats)}")
-    figure.savefig(content := io.BytesIO(), format=path.suffix[1:])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_bytes(content.getvalue())
-    os.replace(unfinished, path)
-
-
-__all__ = ["Picture", "Scores", "display_size", "draw_confusion_matrix", "draw_rows", "overlay", "save_figure"]
+__all__ = ["Picture", "Scores", "display_size", "draw_rows", "overlay"]
