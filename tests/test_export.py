@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 COMMAND = runpy.run_path(str(EXAMPLES / "export.py"))
-QUICK = ["--seconds", "0.01", "--batch_size", "2", "--threads", "1"]
+QUICK = ["--seconds", "0.01", "--threads", "1"]
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_program_has_the_logits_of_the_model_for_batches_of_any_size(
     assert (found - expected).abs().max() > 1e-4 or not name.endswith("int8")  # it is quantized
 
     for row in rows:
-        assert row["largest_difference"] < 0.3 and min(row["milliseconds"]) > 0 and row["batches"] == [1, 2]
+        assert row["largest_difference"] < 0.3 and min(row["milliseconds"]) > 0 and row["batches"] == [1, 8]
 
     # Calibrated only with training images, of all classes although files are listed by class
     assert bool(calibration_images) == (name in ("onnx-int8", "openvino-int8"))
@@ -159,37 +159,37 @@ def test_images_of_other_classes_measure_the_agreement(export, zoo):
     [
         (lambda logits: logits + 2e-4, "its logits differ by 0.0002 from those of the model, more than 0.0001"),
         (lambda logits: logits * float("nan"), "its logits differ by nan"),
-        (lambda logits: logits[:1], "the logits of 3 images have the shape (1, 5)"),
-        (lambda logits: logits + (len(logits) > 3), "its logits differ by 1 from those of the model"),
+        (lambda logits: logits + (len(logits) > 1), "its logits differ by 1 from those of the model"),
+        (lambda logits: logits[:1], "must match the size"),
     ],
-    ids=["other", "nan", "one", "batch"],
+    ids=["other", "nan", "batch", "one"],
 )
-def test_check_finds_wrong_programs(change, message):
-    def model(pixel_values):
-        return pixel_values.flatten(1)[:, :5]
-
-    images = torch.randn(9, 3, 4, 4)
-    COMMAND["check_logits"](model, images, model(images), 1e-4)
-    with pytest.raises(ValueError, match=re.escape(message)):
-        COMMAND["check_logits"](lambda pixel_values: change(model(pixel_values)), images, model(images), 1e-4)
-
-
-def test_wrong_program_is_not_kept_and_leaves_the_others(export, tmp_path, monkeypatch):
-    pytest.importorskip("torchao")
+def test_wrong_program_is_not_kept(export, tmp_path, monkeypatch, change, message):
     original = exporters.ExportedModel.__call__
 
     def call(self, **kwargs):
         outputs = original(self, **kwargs)
-        outputs.logits = outputs.logits + 2e-4
+        outputs.logits = change(outputs.logits)
         return outputs
 
     monkeypatch.setattr(exporters.ExportedModel, "__call__", call)
+    _, error = export("--formats", "torch", status=1)
+    assert error.startswith("export.py: error: torch was not exported: ") and message in error
+    assert [path.name for path in (tmp_path / "export").iterdir()] == ["export.json"]
+
+
+def test_format_that_fails_leaves_the_others(export, tmp_path, monkeypatch):
+    pytest.importorskip("torchao")
+
+    def fail(*args):
+        raise RuntimeError("no such\noperator")
+
+    monkeypatch.setattr("transformers.exporters.exporter_dynamo.DynamoExporter.save_program", fail)
     _, error = export("--formats", "torch", "torchao-int8", status=1)
-    assert error.startswith("export.py: error: torch was not exported: its logits differ by 0.0002 from those of")
+    assert error == "export.py: error: torch was not exported: no such operator"
     results = json.loads((tmp_path / "export" / "export.json").read_text())
     assert [row["format"] for row in results["programs"]][2:] == ["torchao-int8"]
-    assert list(results["not_exported"]) == ["torch"]
-    assert not (tmp_path / "export" / "torch").exists()
+    assert results["not_exported"] == {"torch": "not exported: no such operator"}
 
 
 def row(name, accuracy, *times_as_fast):
