@@ -11,21 +11,15 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A page to try a CrossViT on: drop an image, see its best labels and where both branches look.
+"""A web page on which visitors try a CrossViT on their own images: predictions and attention maps.
 
     pip install gradio
-    python examples/app.py                                        # the quickstart's model, which is trained if need be
-    python examples/app.py --model my-crossvit                    # a folder or a model of the Hub
-    python examples/app.py --model my-crossvit --space my-space   # writes a folder that is a Space of the Hub
+    python examples/app.py                                         # published weights
+    python examples/app.py --model outputs/quickstart              # or another folder or model of the Hub
+    python examples/app.py --model my-crossvit --space my-space    # writes a folder that is a Space of the Hub
 
-Images are decoded in memory; the files that were uploaded are deleted within two minutes.
+Images are decoded in memory; uploaded files are deleted after one to two minutes.
 """
-
-import signal
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of imports without a trace
 
 import argparse
 import base64
@@ -35,32 +29,30 @@ import io
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import gradio as gr
-import PIL.Image
-from command_line import load_checkpoint, quickstart_model, run
-from transformers import ImageClassificationPipeline
-from transformers.utils import logging
+from command_line import load_checkpoint, run
 
-import crossvit
-from crossvit.interpretability.attention_maps import AttentionMap, AttentionMaps
-from crossvit.interpretability.plotting import display_size, overlay
-from crossvit.training.errors import CommandError
-from crossvit.training.image_files import read_image
+
+if TYPE_CHECKING:
+    import gradio as gr
+    import PIL.Image
+
+    from crossvit.interpretability import AttentionMap
 
 
 SCRIPT = Path(__file__)
 MODEL_OF_SPACE = SCRIPT.with_name("model")
+DEFAULT_MODEL = str(MODEL_OF_SPACE) if MODEL_OF_SPACE.is_dir() else "timm/crossvit_15_dagger_240.in1k"
 MAX_PIXELS = 50_000_000  # of an upload; a small file can hold many
-VISITORS = 4  # whose images are classified at the same time
-TITLE = "Where CrossViT looks"
+CONCURRENT_VISITORS = 4
+TITLE = "CrossViT attention maps"
 INTRODUCTION = """\
-# Where CrossViT looks
+# CrossViT attention maps
 
-CrossViT sees an image at two scales, with small patches (branch 0) and with large ones (branch 1). In each stage the
-class token of a branch attends to the patches of its branch, and then visits those of the other. Drop an image to see
-what it is taken for, and what the class tokens attend to: bright is most. Uploads are not kept.
+CrossViT processes an image at two scales, with small patches (branch 0) and with large ones (branch 1). In each stage
+the class token of a branch attends to the patches of its own branch, then to those of the other (cross-attention).
+Upload an image to see the predictions and what the class tokens attend to, in bright colors. Uploads are not kept.
 """
 CARD = """\
 ---
@@ -75,96 +67,9 @@ license: apache-2.0
 ---
 
 {introduction}
-The folder `crossvit` is CrossViT for Transformers, `model` a model of it. The paper:
+The folder `crossvit` holds CrossViT for Transformers, `model` the model. The paper:
 [arXiv:2103.14899](https://arxiv.org/abs/2103.14899).
 """
-
-
-def refuse(message: str) -> tuple[None, None]:
-    """Says why, and clears what is shown: an error would leave the maps of the image before."""
-    gr.Warning(message, title="Refused")
-    return None, None
-
-
-@dataclass
-class Explanation:
-    """
-    What is kept of an image while its visitor is there: a small copy, and the maps of its class tokens.
-
-    Args:
-        image (`PIL.Image.Image`): as large as it is shown.
-        maps (`list[list[list[tuple[str, AttentionMap]]]]`): by stage, and by head, of which the first are the mean of
-            all: what they show, and the maps.
-        rollout (`AttentionMap`): over all stages.
-    """
-
-    image: PIL.Image.Image
-    maps: list[list[list[tuple[str, AttentionMap]]]]
-    rollout: AttentionMap
-
-
-class Explainer:
-    """Classifies images and draws their maps, for several threads at once."""
-
-    def __init__(self, model: Any, processor: Any, max_megabytes: float):
-        model.set_attn_implementation("eager")  # for good, as it is read by all threads
-        self.model, self.processor, self.max_megabytes = model.eval(), processor, max_megabytes
-        self.pipeline = ImageClassificationPipeline(model=model, image_processor=processor)
-
-    def explain(self, path: str | None) -> tuple[dict[str, float] | None, Explanation | None]:
-        """The scores of the best labels, and the maps, of an uploaded file."""
-        if path is None:  # It was taken away
-            return None, None
-        if Path(path).stat().st_size > self.max_megabytes * 1e6:
-            return refuse(f"The file is larger than {self.max_megabytes:g} MB.")
-        try:
-            image = read_image({"bytes": Path(path).read_bytes(), "path": Path(path).name})
-        except CommandError as error:
-            return refuse(f"This file cannot be read as an image: {error}")
-        maps = AttentionMaps(self.model, self.processor, image)
-        scores = {entry["label"]: entry["score"] for entry in self.pipeline.postprocess(maps.outputs, top_k=5)}
-        height, width = display_size(image)
-        stages = [
-            [self.class_token_maps(maps, stage, head) for head in (None, *range(min(maps.config.num_heads)))]
-            for stage in range(len(maps.config.depth))
-        ]
-        return scores, Explanation(image.resize((width, height)), stages, maps.rollout())
-
-    def class_token_maps(self, maps: AttentionMaps, stage: int, head: int | None) -> list[tuple[str, AttentionMap]]:
-        """The maps of the last layers of a stage, and of its fusions."""
-        named = []
-        for branch, depth in enumerate(maps.config.depth[stage][:-1]):
-            if depth:
-                grid = "{}x{} patches".format(*maps.grid_sizes[branch])
-                named.append((f"Branch {branch} at its {grid}", maps.self_attention(branch, stage, head=head)))
-        for branch in range(maps.config.num_branches):
-            visited = (branch + 1) % maps.config.num_branches
-            named.append(
-                (f"Branch {branch} on its visit to branch {visited}", maps.cross_attention(branch, stage, head))
-            )
-        return named
-
-    def draw(self, explanation: Explanation | None, stage: int, head: int) -> str:
-        """The maps of a stage, from 1, and of a head, from 1, or 0 for the mean of them, as HTML."""
-        if explanation is None:
-            return ""
-        named = [("Rollout over all stages", explanation.rollout), *explanation.maps[stage - 1][head]]
-        size = explanation.image.size[::-1]
-        figures = []
-        for name, attention in [("The image", None), *named]:
-            picture = explanation.image
-            if attention is not None:
-                picture = overlay(picture, attention.on_image(smooth=True, image_size=size))
-            # In the page itself: a file would have to be kept
-            picture.save(content := io.BytesIO(), format="PNG")
-            source = base64.b64encode(content.getvalue()).decode()
-            figures.append(
-                f'<figure><img alt="{html.escape(name)}" src="data:image/png;base64,{source}">'
-                f"<figcaption>{html.escape(name)}</figcaption></figure>"
-            )
-        return f'<div class="maps">{"".join(figures)}</div>'
-
-
 STYLE = """
 .maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem; }
 .maps figure { margin: 0; }
@@ -173,11 +78,90 @@ STYLE = """
 """
 
 
-def make_page(explainer: Explainer, keep_seconds: int) -> gr.Blocks:
+@dataclass
+class Explanation:
+    """
+    What is kept of an image while its visitor is there.
+
+    Args:
+        image (`PIL.Image.Image`): a copy in the size in which it is displayed.
+        maps (`list[list[dict[str, AttentionMap]]]`): by stage and by head, the mean of all heads first: by title.
+        rollout (`AttentionMap`): over all stages.
+    """
+
+    image: "PIL.Image.Image"
+    maps: "list[list[dict[str, AttentionMap]]]"
+    rollout: "AttentionMap"
+
+
+class Explainer:
+    """Classifies images and draws their maps; can be shared by threads."""
+
+    def __init__(self, model: Any, processor: Any, max_megabytes: float):
+        from transformers import ImageClassificationPipeline
+
+        model.set_attn_implementation("eager")  # once, as all threads read it
+        self.model, self.processor, self.max_megabytes = model.eval(), processor, max_megabytes
+        self.pipeline = ImageClassificationPipeline(model=model, image_processor=processor)
+
+    def explain(self, path: str | None) -> tuple[dict[str, float] | None, Explanation | None]:
+        """The scores of the top labels, and the maps, of an uploaded file."""
+        import gradio as gr
+        import PIL.Image
+        from transformers.image_utils import load_image
+
+        from crossvit.interpretability import AttentionMaps, display_size
+
+        def refuse(message: str) -> tuple[None, None]:
+            # A warning, as an error would leave the maps of the image before on the page
+            gr.Warning(message, title="Refused")
+            return None, None
+
+        if path is None:  # The visitor removed the image
+            return None, None
+        if Path(path).stat().st_size > self.max_megabytes * 1e6:
+            return refuse(f"The file is larger than {self.max_megabytes:g} MB.")
+        try:
+            image = load_image(PIL.Image.open(io.BytesIO(Path(path).read_bytes())))
+        except Exception as error:  # of many types, by format
+            reason = "not an image" if isinstance(error, PIL.UnidentifiedImageError) else error
+            return refuse(f"This file cannot be read as an image: {Path(path).name}: {reason}")
+        maps = AttentionMaps(self.model, self.processor, image)
+        scores = {entry["label"]: entry["score"] for entry in self.pipeline.postprocess(maps.outputs, top_k=5)}
+        heads = (None, *range(min(maps.config.num_heads)))
+        stages = [[maps.class_token_maps(stage, head) for head in heads] for stage in range(len(maps.config.depth))]
+        height, width = display_size(image)
+        return scores, Explanation(image.resize((width, height)), stages, maps.rollout())
+
+    def draw(self, explanation: Explanation | None, stage: int, head: int) -> str:
+        """The maps of a stage, from 1, and of a head, from 1, or 0 for the mean of all heads, as HTML."""
+        from crossvit.interpretability import overlay
+
+        if explanation is None:
+            return ""
+        image = explanation.image
+        pictures = {"image": image}
+        maps = {"attention rollout\nover all stages": explanation.rollout, **explanation.maps[stage - 1][head]}
+        for title, attention in maps.items():
+            pictures[title] = overlay(image, attention.on_image(smooth=True, image_size=image.size[::-1]))
+        figures = []
+        for title, picture in pictures.items():
+            # In the page itself: a file would have to be kept
+            picture.save(content := io.BytesIO(), format="PNG")
+            source, caption = base64.b64encode(content.getvalue()).decode(), html.escape(title.replace("\n", " "))
+            figures.append(
+                f'<figure><img alt="{caption}" src="data:image/png;base64,{source}">'
+                f"<figcaption>{caption}</figcaption></figure>"
+            )
+        return f'<div class="maps">{"".join(figures)}</div>'
+
+
+def make_page(explainer: Explainer, keep_seconds: int) -> "gr.Blocks":
+    import gradio as gr
+
     config = explainer.model.config
     # How often to look for uploads to delete, and how old they are then
-    page = gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(keep_seconds, keep_seconds))
-    with page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(keep_seconds, keep_seconds)) as page:
         gr.Markdown(INTRODUCTION)
         explanation = gr.State(time_to_live=3600)
         with gr.Row():
@@ -190,7 +174,7 @@ def make_page(explainer: Explainer, keep_seconds: int) -> gr.Blocks:
                     1, max(2, stages), value=stages, step=1, label="Stage", elem_id="stage", visible=stages > 1
                 )
                 head = gr.Slider(
-                    0, min(config.num_heads), value=0, step=1, label="Head (0: the mean of all)", elem_id="head"
+                    0, min(config.num_heads), value=0, step=1, label="Head (0: the mean of all heads)", elem_id="head"
                 )
             labels = gr.Label(num_top_classes=5, label="Top 5", elem_id="labels")
         maps = gr.HTML(elem_id="maps")
@@ -200,30 +184,30 @@ def make_page(explainer: Explainer, keep_seconds: int) -> gr.Blocks:
             "inputs": [explanation, stage, head],
             "outputs": maps,
             "show_progress": "hidden",
-            "concurrency_limit": VISITORS,
+            "concurrency_limit": CONCURRENT_VISITORS,
         }
         upload.change(
-            explainer.explain, upload, [labels, explanation], api_name="explain", concurrency_limit=VISITORS
+            explainer.explain, upload, [labels, explanation], api_name="explain", concurrency_limit=CONCURRENT_VISITORS
         ).then(**drawing, api_name="draw")
-        # Only the last place of a slider that is moved on while its maps are drawn
+        # Of a slider that moves on while its maps are drawn, only the last position counts
         gr.on([stage.change, head.change], **drawing, trigger_mode="always_last", api_name=False)
     return page
 
 
 def write_space(model: Any, processor: Any, folder: Path) -> None:
-    """A folder with all that a Space needs: this page, the package, the model, the requirements and the card."""
+    """Writes what a Space needs: this page, the package, the model, the requirements and the card."""
+    import crossvit
+
     if folder.exists() and any(folder.iterdir()):
-        raise CommandError(f"--space {folder}: is not empty; name a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(SCRIPT, folder / "app.py")
-    shutil.copy(SCRIPT.with_name("command_line.py"), folder)
+        raise FileExistsError(f"--space {folder}: is not empty; name a new folder")
     package = Path(crossvit.__file__).parent
     shutil.copytree(package, folder / "crossvit", ignore=shutil.ignore_patterns("__pycache__"))
+    for script in (SCRIPT, SCRIPT.with_name("command_line.py")):
+        shutil.copy(script, folder)
     model.save_pretrained(folder / MODEL_OF_SPACE.name)
     processor.save_pretrained(folder / MODEL_OF_SPACE.name)
     requirements = [line for line in importlib.metadata.requires("crossvit") if "extra ==" not in line]
-    requirements += ["matplotlib"]
-    (folder / "requirements.txt").write_text("\n".join(requirements) + "\n", encoding="utf-8")
+    (folder / "requirements.txt").write_text("\n".join([*requirements, "matplotlib"]) + "\n", encoding="utf-8")
     card = CARD.format(title=TITLE, gradio=importlib.metadata.version("gradio"), introduction=INTRODUCTION)
     (folder / "README.md").write_text(card, encoding="utf-8")
     print(f"Wrote a Space to {folder}; hf upload <name> {folder} --repo-type space publishes it")
@@ -231,24 +215,26 @@ def write_space(model: Any, processor: Any, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder or Hub id of a CrossViT; default: the quickstart's")
-    parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="folder or Hub id of a CrossViT; default: %(default)s")
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     parser.add_argument("--max_megabytes", type=float, default=10, help="of an upload; default: %(default)s")
     parser.add_argument(
-        "--keep_seconds", type=int, default=60, help="delete uploads that are so old, as often; default: %(default)s"
+        "--keep_seconds", type=int, default=60, help="age at which uploads are deleted; default: %(default)s"
     )
     parser.add_argument(
         "--space", type=Path, metavar="FOLDER", help="write a Space there instead of starting the page"
     )
     args = parser.parse_args()
     if args.max_megabytes <= 0 or args.keep_seconds < 1:
-        raise CommandError(f"--max_megabytes {args.max_megabytes:g} --keep_seconds {args.keep_seconds}: not so little")
-    logging.disable_progress_bar()
-    PIL.Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # twice as many are refused
+        parser.error("--max_megabytes must be positive and --keep_seconds at least 1")
 
-    name = args.model or (str(MODEL_OF_SPACE) if MODEL_OF_SPACE.is_dir() else "")
-    name = name or quickstart_model(SCRIPT.with_name("quickstart.py"))
-    model, processor = load_checkpoint(name)
+    # After the options, as these imports take seconds
+    import PIL.Image
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    PIL.Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses images of more than twice as many
+    model, processor = load_checkpoint(args.model)
     if args.space:
         return write_space(model, processor, args.space)
     page = make_page(Explainer(model, processor, args.max_megabytes), args.keep_seconds)

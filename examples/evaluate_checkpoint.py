@@ -13,40 +13,26 @@
 # limitations under the License.
 """Measures the accuracy of a CrossViT on labelled images: a folder, a saved data set or the Hub, streaming too.
 
-    python examples/evaluate_checkpoint.py --model checkpoints/crossvit_15 --data imagenet/val --dtype bfloat16
-    torchrun --nproc_per_node 8 examples/evaluate_checkpoint.py ...      # on several devices, with the same result
-
-Images that cannot be read are named, counted and left out of the accuracy.
+python examples/evaluate_checkpoint.py --model timm/crossvit_15_240.in1k --data imagenet/val --dtype bfloat16
+torchrun --nproc_per_node 8 examples/evaluate_checkpoint.py ...      # on several devices, with the same result
 """
 
-import signal
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of imports without a trace
-
 import json
-import os
-import time
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
-import PIL.Image
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, gather_object
 from command_line import load_checkpoint, make_parser, parse, run
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from tqdm import tqdm
+from transformers import Trainer, TrainingArguments
+from transformers.utils import cached_file
 
-from crossvit.training.errors import CommandError, ImageDatasetError
-from crossvit.training.image_datasets import ImageSource, LabelledImages, match_classes
-from crossvit.training.image_files import check_labels, name_of, read_image
+from crossvit.training.augmentation import Collator, EvaluationTransform
+from crossvit.training.data import ImageSource, LabelledImages
+from crossvit.training.errors import CommandError
 from crossvit.training.metrics import SingleLabelMetric
-from crossvit.training.sampling import ImageDataset, ImageStream
+from crossvit.training.run import transformed
 
 
 VARIANTS = Path(__file__).parents[1] / "conversion" / "variants.json"
@@ -56,7 +42,7 @@ VARIANTS = Path(__file__).parents[1] / "conversion" / "variants.json"
 class EvaluationArguments:
     """Which model to measure, and how."""
 
-    model: str | None = field(default=None, metadata={"help": "Folder or Hub id of a CrossViT."})
+    model: str | None = field(default=None, metadata={"help": "Folder or Hub id of a CrossViT, timm's too."})
     split: str | None = field(default=None, metadata={"help": "Default: validation, else test, else the only one."})
     batch_size: int = field(default=64, metadata={"help": "Images at once."})
     dtype: str = field(
@@ -70,135 +56,119 @@ class EvaluationArguments:
     cpu: bool = field(default=False, metadata={"help": "Leave a GPU unused."})
 
 
-def published_figures(name: str) -> dict[str, Any] | None:
-    """What was published of a converted checkpoint; others, fine-tuned ones too, lack the record of the conversion."""
-    record = Path(name) / "conversion.json"
-    try:
-        if not Path(name).is_dir():
-            record = Path(hf_hub_download(name, record.name))
-        variant = json.loads(record.read_text(encoding="utf-8"))["variant"]
-    except (EntryNotFoundError, LocalEntryNotFoundError, FileNotFoundError):
-        return None
-    variants = {variant["name"]: variant for variant in json.loads(VARIANTS.read_text(encoding="utf-8"))}
-    return variants.get(variant)
-
-
-class Collator:
-    """Makes a batch; an image that cannot be read becomes a black one without a label, and is named."""
+class MatchedTransform(EvaluationTransform):
+    """Rows for evaluation, with the model's class for each class of the data."""
 
     def __init__(self, processor: Any, classes: list[int]):
-        self.processor, self.classes = processor, classes
+        super().__init__(processor)
+        self.classes = classes
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        images, labels, unreadable = [], [], []
-        for row in rows:
-            name = name_of(row, f"row {row['index']}")
-            check_labels(row["labels"], len(self.classes), name)
-            try:
-                images.append(read_image(row["image"] and {**row["image"], "path": name}))
-                labels.append(self.classes[row["labels"]])
-            except ImageDatasetError as error:
-                images.append(PIL.Image.new("RGB", (64, 64)))
-                labels.append(-100)
-                unreadable.append((row["index"], str(error)))
-        return {
-            "pixel_values": self.processor(images, return_tensors="pt")["pixel_values"],
-            "labels": torch.tensor(labels),
-            "index": torch.tensor([row["index"] for row in rows]),
-            "unreadable": unreadable,
-        }
+    def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return super().__call__({**rows, "labels": [self.classes[label] for label in rows["labels"]]})
 
 
-@torch.no_grad()
-def evaluate(model: Any, loader: Any, accelerator: Accelerator) -> tuple[dict[str, float], list[str], int]:
-    """The metrics, the unreadable images, and the number of all images."""
-    metric = SingleLabelMetric()
-    unreadable: dict[int, str] = {}
-    seen: set[int] = set()
-    for batch in tqdm(loader, desc="Evaluating", unit="batch", disable=not accelerator.is_main_process):
-        pixel_values = batch["pixel_values"].to(accelerator.device, model.dtype)
-        ranking = metric.rank(model(pixel_values).logits)
-        index, ranking, labels = accelerator.gather(
-            (batch["index"].to(accelerator.device), ranking, batch["labels"].to(accelerator.device))
+def published_figures(model: str) -> dict[str, Any] | None:
+    """What was published of timm's checkpoint or a converted one; only the latter has the record of a conversion."""
+    variants = json.loads(VARIANTS.read_text(encoding="utf-8"))
+    record = cached_file(
+        model,
+        "conversion.json",
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    name = json.loads(Path(record).read_text(encoding="utf-8"))["variant"] if record else None
+    return next((variant for variant in variants if model == variant["timm_id"] or name == variant["name"]), None)
+
+
+def match_classes(config: Any, class_names: list[str], by_order: bool) -> list[int]:
+    """For each class of the data, its index in the model: by its name, or by its place if the order is known."""
+    of_model = [str(config.id2label[index]) for index in range(config.num_labels)]
+    if set(class_names) <= set(of_model) and len(set(of_model)) == len(of_model):
+        return [of_model.index(name) for name in class_names]
+    if len(class_names) != len(of_model):
+        raise CommandError(
+            f"the model has {len(of_model)} classes ({of_model[0]!r}, ...), the data has {len(class_names)} others"
+            f" ({class_names[0]!r}, ...)"
         )
-        unreadable |= dict(gather_object(batch["unreadable"]))
-        # Processes are given the same number of images: the last batch is filled up with some that were there before
-        rows = []
-        for row, number in enumerate(index.tolist()):
-            if number not in seen:
-                seen.add(number)
-                rows.append(row)
-        metric.add_batch(predictions=ranking[rows].cpu(), references=labels[rows].cpu())
-    if len(unreadable) == len(seen):
-        raise CommandError(f"none of {len(seen)} images can be read: {next(iter(unreadable.values()), 'no images')}")
-    return metric.compute(), [unreadable[number] for number in sorted(unreadable)], len(seen)
+    # The names of ImageNet's folders are in the order of its classes
+    if by_order or (len(class_names) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in class_names)):
+        print(f"Classes are matched by their order: {class_names[0]!r} is {of_model[0]!r}, and so on")
+        return list(range(len(of_model)))
+    unknown = next(name for name in class_names if name not in of_model)
+    raise CommandError(
+        f"the model has no class {unknown!r}; if the classes of the data have other names than the model's"
+        f" ({of_model[0]!r}, ...) and the same order, say --by_order"
+    )
+
+
+def choose_split(images: LabelledImages, args: EvaluationArguments) -> str:
+    names = ("validation", "test", *images.splits) if len(images.splits) == 1 else ("validation", "test")
+    split = args.split or next((name for name in names if name in images.splits), None)
+    if split not in images.splits:
+        raise CommandError(f"which split? --split is one of {', '.join(images.splits)}")
+    return split
+
+
+def print_table(results: dict[str, Any], published: dict[str, Any] | None) -> None:
+    rows = {f"{results['images']:,} images": (100 * results["top1"], results["top5"] and 100 * results["top5"])}
+    for source in ("paper", "timm") if published else ():
+        top1, top5 = (published[f"imagenet_{top}"].get(source) for top in ("top1", "top5"))
+        rows[f"ImageNet, {source}"] = (top1, top5)
+    print(f"{'':24}{'top-1':>8}{'top-5':>8}")
+    for name, figures in rows.items():
+        print(f"{name:24}" + "".join(f"{'-' if figure is None else f'{figure:.2f}%':>8}" for figure in figures))
 
 
 def main() -> None:
-    parser = make_parser([EvaluationArguments, ImageSource], __doc__, {})
-    args, data = parse(parser)
-    if not args.model or not data.data:
+    args, source = parse(make_parser([EvaluationArguments, ImageSource], __doc__, {}))
+    if not args.model:
         raise CommandError("give --model, a CrossViT, and --data, a folder of images or a data set of the Hub")
-    if args.batch_size < 1 or args.num_workers < 0:
-        raise CommandError(f"--batch_size {args.batch_size} --num_workers {args.num_workers}: of each, not so few")
-    if args.output:
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        if Path(args.output).is_dir():
-            raise CommandError(f"--output {args.output}: a folder, not a file")
-    # Each process reads its own part of a stream: tensors alone come through from one that reads for all
-    accelerator = Accelerator(cpu=args.cpu, dataloader_config=DataLoaderConfiguration(dispatch_batches=False))
-    model, processor = load_checkpoint(args.model, dtype=getattr(torch, args.dtype))
-    model.to(accelerator.device).eval()
-
-    with accelerator.main_process_first():
-        images = LabelledImages.load(data)
-    if images.multi_label:
-        raise CommandError(f"{data.data}: images with several labels each have no top-1 accuracy")
-    split = args.split or next((name for name in ("validation", "test") if name in images.splits), None)
-    if split is None and len(images.splits) == 1:
-        split = next(iter(images.splits))
-    if split not in images.splits:
-        raise CommandError(f"{data.data}: which split? --split is one of {', '.join(images.splits)}")
-    classes = match_classes(model.config, images.class_names, args.by_order)
-    rows: Any = images.splits[split]
-    rows = ImageStream(rows) if isinstance(rows, datasets.IterableDataset) else ImageDataset(rows)
-    loader = torch.utils.data.DataLoader(
-        rows, args.batch_size, num_workers=args.num_workers, collate_fn=Collator(processor, classes)
+    training_args = TrainingArguments(
+        per_device_eval_batch_size=args.batch_size,
+        dataloader_num_workers=args.num_workers,
+        use_cpu=args.cpu,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to="none",
     )
-
-    published = published_figures(args.model)
-    start = time.perf_counter()
-    metrics, unreadable, total = evaluate(model, accelerator.prepare(loader), accelerator)
-    seconds = time.perf_counter() - start
-    if not accelerator.is_main_process:
+    model, processor = load_checkpoint(args.model, dtype=getattr(torch, args.dtype))
+    with training_args.main_process_first():
+        images = LabelledImages.load(source)
+        if images.multi_label:
+            raise CommandError(f"{source.data}: images with several labels each have no top-1 accuracy")
+        split = choose_split(images, args)
+        images = replace(images, splits={split: images.splits[split]})
+        images.check_images()
+    classes = match_classes(model.config, images.class_names, args.by_order)
+    metric = SingleLabelMetric()
+    trainer = Trainer(
+        model,
+        training_args,
+        data_collator=Collator(model.config.num_labels),
+        compute_metrics=metric.of_prediction,
+        preprocess_logits_for_metrics=metric.reduce_logits,
+    )
+    prediction = trainer.predict(transformed(images.splits[split], MatchedTransform(processor, classes)))
+    if not trainer.is_world_process_zero():
         return
-    for message in unreadable:
-        print(f"left out: {message}")
+    published = published_figures(args.model)
     results = {
         "model": args.model,
-        "data": data.data,
+        "data": source.data,
         "split": split,
         "dtype": args.dtype,
-        "images": total,
-        "unreadable": unreadable,
-        "top1": metrics["accuracy"],
-        "top5": metrics["top5_accuracy"],
-        "f1": metrics["f1"],
-        "seconds": seconds,
+        "images": len(prediction.label_ids),
+        "top1": prediction.metrics["test_accuracy"],
+        "top5": prediction.metrics.get("test_top5_accuracy"),
+        "f1": prediction.metrics["test_f1"],
+        "seconds": prediction.metrics["test_runtime"],
         "published": published and {"top1": published["imagenet_top1"], "top5": published["imagenet_top5"]},
     }
-    measured = f"{total - len(unreadable):,} images" + (f", {len(unreadable)} unreadable" if unreadable else "")
-    print(f"{'':24}{'top-1':>8}{'top-5':>8}")
-    print(f"{measured:24}{results['top1']:8.2%}{results['top5']:8.2%}")
-    if published:
-        for source in ("paper", "timm"):
-            figures = [published[f"imagenet_{top}"].get(source) for top in ("top1", "top5")]
-            row = "".join(f"{'-' if figure is None else f'{figure:.2f}%':>8}" for figure in figures)
-            print(f"{f'ImageNet, {source}':24}{row}")
+    print_table(results, published)
     if args.output:
-        unfinished = Path(f"{args.output}.tmp")
-        unfinished.write_text(json.dumps(results, indent=2), encoding="utf-8")
-        os.replace(unfinished, args.output)
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.output).write_text(json.dumps(results, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -13,19 +13,18 @@
 # limitations under the License.
 """Fine-tunes a CrossViT on images of your own, from a folder, a saved data set or the Hub; or trains a fresh one.
 
-    python examples/finetune.py --model my-crossvit --data photos --output_dir outputs/photos
+    python examples/finetune.py --model timm/crossvit_15_240.in1k --data photos --output_dir outputs/photos
 
 The same command goes on where it stopped. Options of Transformers' TrainingArguments work too:
 
     --bf16 --gradient_checkpointing --gradient_accumulation_steps 4 --torch_compile --push_to_hub
     torchrun --nproc_per_node 8 examples/finetune.py ...      # on several devices
+
+--lora_rank saves a merged model as any other, and its adapter with the new heads beside it. To load the adapter:
+
+    model = CrossViTForImageClassification.from_pretrained("base", num_labels=3, ignore_mismatched_sizes=True)
+    model = PeftModel.from_pretrained(model, "outputs/photos/adapter")
 """
-
-import signal
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of imports without a trace
 
 import copy
 from dataclasses import dataclass, field
@@ -39,10 +38,10 @@ from transformers import TrainingArguments
 
 from crossvit import CrossViTForImageClassification
 from crossvit.training.augmentation import AugmentationArguments
+from crossvit.training.data import DataArguments, LabelledImages
 from crossvit.training.errors import CommandError
-from crossvit.training.image_datasets import DataArguments, LabelledImages
 from crossvit.training.image_sizes import set_image_size
-from crossvit.training.training_run import TRAINING_DEFAULTS, finish, make_trainer, training_run
+from crossvit.training.run import TRAINING_DEFAULTS, finish, make_trainer, prepare_images, train
 
 
 DEFAULTS = {
@@ -52,42 +51,26 @@ DEFAULTS = {
     "per_device_eval_batch_size": 64,
     "learning_rate": 5e-5,
     "weight_decay": 0.05,
-    "warmup_steps": 0.05,  # below 1: a part of all steps
+    "warmup_steps": 0.05,  # below 1: a share of all steps
     "lr_scheduler_type": "cosine",
 }
-ADAPTER_CARD = """\
-# LoRA adapter of a CrossViT
-
-Adapters and heads for {labels} classes, named in config.json, for the model `{origin}`; merged with it they are the
-model in the folder above. On that model itself, which gets the image size of config.json:
-
-```python
-from peft import PeftModel
-
-from crossvit import CrossViTConfig, CrossViTForImageClassification
-
-model = CrossViTForImageClassification.from_pretrained(
-    "{origin}", num_labels={labels}, ignore_mismatched_sizes=True
-)
-model.resize_position_embeddings(CrossViTConfig.from_pretrained("adapter").image_size)
-model = PeftModel.from_pretrained(model, "adapter")
-```
-"""
 
 
 @dataclass
 class ModelArguments:
     """Which model to train, and how much of it."""
 
-    model: str | None = field(default=None, metadata={"help": "Folder or Hub id of a CrossViT to fine-tune."})
+    model: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of a CrossViT to fine-tune, timm's too."}
+    )
     config: str | None = field(
-        default=None, metadata={"help": "Instead: folder or file of a configuration to train from scratch."}
+        default=None, metadata={"help": "Instead: folder, file or Hub id of a configuration to train from scratch."}
     )
     image_size: str | None = field(
         default=None, metadata={"help": "Native image size in pixels, 224 or 256x128 (height x width)."}
     )
     lora_rank: int = field(
-        default=0, metadata={"help": "Train adapters of this rank (LoRA) and the heads alone; 0: all weights."}
+        default=0, metadata={"help": "Train only adapters of this rank (LoRA) and the heads; 0: all weights."}
     )
     drop_path_rate: float | None = field(default=None, metadata={"help": "Stochastic depth; default: the model's."})
     average_decay: float | None = field(
@@ -109,7 +92,7 @@ def make_model(args: ModelArguments, images: LabelledImages, pretrained: Any, co
     names = dict(enumerate(images.class_names))
     if pretrained is not None and config.id2label == names:
         model: Any = pretrained
-    else:  # New heads: the old ones know other classes
+    else:  # new heads for new classes
         config = copy.deepcopy(config)
         config.id2label, config.label2id = names, {name: index for index, name in names.items()}
         model = CrossViTForImageClassification(config)
@@ -118,10 +101,7 @@ def make_model(args: ModelArguments, images: LabelledImages, pretrained: Any, co
     model.config.problem_type = f"{'multi' if images.multi_label else 'single'}_label_classification"
     if args.image_size:
         sides = [int(side) for side in args.image_size.lower().split("x")]
-        try:
-            set_image_size(model, processor, sides[0], sides[-1])
-        except (RuntimeError, ValueError) as error:
-            raise CommandError(f"--image_size {args.image_size}: {error}") from error
+        set_image_size(model, processor, sides[0], sides[-1])
         sizes = (f"{height}x{width}" for height, width in model.config.image_sizes)
         print(f"Image sizes of the branches, in pixels: {', '.join(sizes)}")
     if args.lora_rank:
@@ -129,15 +109,6 @@ def make_model(args: ModelArguments, images: LabelledImages, pretrained: Any, co
         lora: Any = {"r": args.lora_rank, "lora_alpha": 2 * args.lora_rank, "target_modules": layers}
         model = get_peft_model(model, LoraConfig(**lora, modules_to_save=["classifier"]))
     return model
-
-
-def save_adapter(model: Any, processor: Any, folder: Path, origin: str) -> None:
-    """Saves the adapters and heads for those who have the model, with the classes and image size that they are for."""
-    model.save_pretrained(folder)
-    config = model.get_base_model().config
-    config.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    (folder / "README.md").write_text(ADAPTER_CARD.format(origin=origin, labels=config.num_labels), encoding="utf-8")
 
 
 def main() -> None:
@@ -153,17 +124,20 @@ def main() -> None:
     else:
         config, processor = load_config(model_args.config, **options)
 
-    with training_run(data, args, model_args, augmentation) as (images, checkpoint):
-        model = make_model(model_args, images, pretrained, config, processor)
-        trainer = make_trainer(model, processor, images, data, augmentation, args, model_args.average_decay)
-        if model_args.lora_rank and trainer.is_fsdp_enabled:
-            raise CommandError("--lora_rank: adapters are too small for FSDP; use one of them")
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-        if model_args.lora_rank:
-            if args.should_save:
-                save_adapter(model, processor, Path(args.output_dir) / "adapter", model_args.model or "the same model")
-            trainer.model = trainer.model_wrapped = model.merge_and_unload()  # one model for everyone
-        finish(trainer, images, data)
+    images = prepare_images(data, args)
+    model = make_model(model_args, images, pretrained, config, processor)
+    trainer = make_trainer(model, processor, images, data, augmentation, args, model_args.average_decay)
+    if model_args.lora_rank and trainer.is_fsdp_enabled:
+        raise CommandError("--lora_rank: adapters are too small for FSDP; use one of them")
+    train(trainer)
+    if model_args.lora_rank:
+        if args.should_save:  # with the classes and the image size that it is for
+            adapter = Path(args.output_dir) / "adapter"
+            model.save_pretrained(adapter)
+            model.get_base_model().config.save_pretrained(adapter)
+            processor.save_pretrained(adapter)
+        trainer.model = trainer.model_wrapped = model.merge_and_unload()
+    finish(trainer, images, data)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,6 @@ The recipe is a file, paper_recipe.json beside this one; --recipe names another,
 the command, as are those of Transformers' TrainingArguments. The same command goes on where it stopped.
 """
 
-import signal
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of imports without a trace
-
 import json
 import math
 import statistics
@@ -40,9 +34,9 @@ from transformers import TrainingArguments
 
 from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
 from crossvit.training.augmentation import AugmentationArguments
+from crossvit.training.data import DataArguments
 from crossvit.training.errors import CommandError
-from crossvit.training.image_datasets import DataArguments
-from crossvit.training.training_run import TRAINING_DEFAULTS, finish, make_trainer, training_run
+from crossvit.training.run import TRAINING_DEFAULTS, finish, make_trainer, prepare_images, train
 
 
 VARIANTS = Path(__file__).parents[1] / "conversion" / "variants.json"
@@ -60,7 +54,7 @@ class PretrainArguments:
     """Which model to train by which recipe."""
 
     variant: str | None = field(default=None, metadata={"help": "One of the published models, such as crossvit_15."})
-    config: str | None = field(default=None, metadata={"help": "Instead: folder or file of a configuration."})
+    config: str | None = field(default=None, metadata={"help": "Instead: folder, file or Hub id of one."})
     recipe: str = field(
         default=str(Path(__file__).parent / "paper_recipe.json"),
         metadata={"help": "JSON file with values of these options."},
@@ -82,13 +76,11 @@ class PretrainArguments:
 
 def read_recipe(path: str, known: set[str]) -> dict[str, Any]:
     try:
-        recipe = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CommandError(f"--recipe {path}: {getattr(error, 'strerror', None) or error}") from error
-    if not isinstance(recipe, dict):
-        raise CommandError(f"--recipe {path}: names and values of options are expected, got {recipe!r:.40}")
+        recipe = dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError) as error:
+        raise CommandError(f"--recipe {path}: not a JSON file of options and their values ({error})") from error
     if unknown := sorted(set(recipe) - known):
-        raise CommandError(f"--recipe {path}: no options of this command: {', '.join(unknown)}")
+        raise CommandError(f"--recipe {path}: this command has no options {', '.join(unknown)}")
     return recipe
 
 
@@ -100,28 +92,22 @@ def load_model_config(args: PretrainArguments) -> tuple[CrossViTConfig, CrossViT
         return load_config(args.config, drop_path_rate=args.drop_path_rate)
     variants = {variant["name"]: variant for variant in json.loads(VARIANTS.read_text(encoding="utf-8"))}
     if args.variant not in variants:
-        raise CommandError(f"--variant {args.variant}: none of {', '.join(variants)}")
+        raise CommandError(f"--variant {args.variant}: not one of {', '.join(variants)}")
     variant = variants[args.variant]
     preprocessing = variant["preprocessing"]
     side = preprocessing["center_crop"]
     processor = CrossViTImageProcessor(
         size={"shortest_edge": preprocessing["resize_shortest_edge"]}, crop_size={"height": side, "width": side}
     )
-    try:
-        return CrossViTConfig(**variant["config"], drop_path_rate=args.drop_path_rate), processor
-    except ValueError as error:
-        raise CommandError(str(error)) from error
+    return CrossViTConfig(**variant["config"], drop_path_rate=args.drop_path_rate), processor
 
 
 def set_batch_and_learning_rate(recipe: PretrainArguments, args: TrainingArguments) -> None:
     """Accumulates gradients up to the recipe's batch, and scales the learning rate with it."""
-    for group, name in ((recipe, "total_batch_size"), (recipe, "learning_rate_batch_size"), (args, "learning_rate")):
-        if getattr(group, name) <= 0:
-            raise CommandError(f"--{name} {getattr(group, name)}: must be above 0")
     at_once = args.train_batch_size * args.world_size
     if recipe.total_batch_size % at_once:
         raise CommandError(
-            f"--total_batch_size {recipe.total_batch_size}: no multiple of the {at_once} images at once"
+            f"--total_batch_size {recipe.total_batch_size}: not a multiple of the {at_once} images at once"
             f" ({args.world_size} processes of --per_device_train_batch_size {args.train_batch_size})"
         )
     args.gradient_accumulation_steps = recipe.total_batch_size // at_once
@@ -176,16 +162,16 @@ def main() -> None:
     if recipe.plan:
         return print_plan(config, recipe, args)
     set_batch_and_learning_rate(recipe, args)
-    with training_run(data, args, recipe, augmentation) as (images, checkpoint):
-        if images.multi_label:
-            raise CommandError(f"{data.data}: the recipe mixes images with one label each, these have several")
-        config.id2label = dict(enumerate(images.class_names))
-        config.label2id = {name: index for index, name in config.id2label.items()}
-        config.problem_type = "single_label_classification"  # even where the labels are probabilities
-        model = CrossViTForImageClassification(config)
-        trainer = make_trainer(model, processor, images, data, augmentation, args, recipe.average_decay or None)
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-        finish(trainer, images, data)
+    images = prepare_images(data, args)
+    if images.multi_label:
+        raise CommandError(f"{data.data}: the recipe mixes images with one label each, these have several")
+    config.id2label = dict(enumerate(images.class_names))
+    config.label2id = {name: index for index, name in config.id2label.items()}
+    config.problem_type = "single_label_classification"  # even where the labels are probabilities
+    model = CrossViTForImageClassification(config)
+    trainer = make_trainer(model, processor, images, data, augmentation, args, recipe.average_decay or None)
+    train(trainer)
+    finish(trainer, images, data)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Small images, folders of them and data sets: every image has one color, which tells it from all others."""
+"""Small images, folders of them and data sets."""
 
 import io
 from collections.abc import Iterable
@@ -10,10 +10,6 @@ import PIL.Image
 
 
 CLASSES = ("ant", "bee", "cow")
-
-
-def color_of(label: int, number: int, split: int = 0) -> tuple[int, int, int]:
-    return 50 * label, number, 100 * split
 
 
 def image_bytes(
@@ -38,17 +34,13 @@ def write_files(folder: Path, files: dict[str, bytes]) -> Path:
 
 
 def write_images(
-    folder: Path,
-    splits: Iterable[str] = (".",),
-    classes: Iterable[str] = CLASSES,
-    images: int = 4,
-    size: tuple[int, int] = (8, 8),
+    folder: Path, splits: Iterable[str] = (".",), classes: Iterable[str] = CLASSES, images: int = 4
 ) -> Path:
-    """Writes `split/class/0.png` and so on."""
+    """Writes `split/class/0.png` and so on, every image in a color of its own."""
     return write_files(
         folder,
         {
-            f"{split}/{name}/{number}.png": image_bytes(color_of(label, number, part), size)
+            f"{split}/{name}/{number}.png": image_bytes((50 * label, number, 100 * part))
             for part, split in enumerate(splits)
             for label, name in enumerate(classes)
             for number in range(images)
@@ -58,30 +50,8 @@ def write_images(
 
 def image_rows(labels: list[Any], feature: Any = None, images: list[Any] | None = None) -> datasets.Dataset:
     """Rows of "image" and "label", in memory; by default `labels` are indices of `CLASSES`."""
+    images = images or [{"bytes": image_bytes((0, 0, row)), "path": f"{row}.png"} for row in range(len(labels))]
     feature = feature or datasets.ClassLabel(names=list(CLASSES))
-    images = images or [
-        {"bytes": image_bytes((0, number // 256, number % 256)), "path": f"{number}.png"}
-        for number in range(len(labels))
-    ]
     return datasets.Dataset.from_dict(
         {"image": images, "label": labels}, datasets.Features({"image": datasets.Image(), "label": feature})
     )
-
-
-def labelled_rows(images: int = 4, split: int = 0) -> datasets.Dataset:
-    """The rows of a folder that `write_images` writes."""
-    draws = [(label, number) for label in range(len(CLASSES)) for number in range(images)]
-    contents = [{"bytes": image_bytes(color_of(*draw, split)), "path": None} for draw in draws]
-    return image_rows([label for label, _ in draws], images=contents)
-
-
-def save_splits(folder: Path, **splits: datasets.Dataset) -> Path:
-    datasets.DatasetDict(splits).save_to_disk(folder)
-    return folder
-
-
-def save_parquet(folder: Path, **splits: datasets.Dataset) -> Path:
-    folder.mkdir()
-    for name, split in splits.items():
-        split.to_parquet(folder / f"{name}.parquet")
-    return folder

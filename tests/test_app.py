@@ -1,4 +1,4 @@
-"""The page to try a model on, in a headless Chromium, as its visitors see it."""
+"""The web page, in a headless Chromium."""
 
 import os
 import re
@@ -21,13 +21,13 @@ from crossvit import CrossViTForImageClassification, CrossViTImageProcessor
 
 pytestmark = pytest.mark.app
 TIMEOUT = 30_000  # milliseconds, of what takes one or two seconds on idle cores
-# Without what looks for updates, a new browser does not reach for the network
+# A new browser must not use the network to look for updates
 CHROMIUM_OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 
 
 @pytest.fixture
 def checkpoint(request, small_config, tmp_path) -> Path:
-    """Of two stages, or as many as the test asks for."""
+    """A model of two stages, or as many as the test asks for."""
     small_config.depth = small_config.depth[: getattr(request, "param", 2)]
     small_config.id2label = {number: f"class <{number}>" for number in range(5)}
     perturb(CrossViTForImageClassification(small_config)).save_pretrained(tmp_path / "checkpoint")
@@ -38,7 +38,7 @@ def checkpoint(request, small_config, tmp_path) -> Path:
 
 @pytest.fixture
 def images(tmp_path) -> list[Path]:
-    """Pictures of different colors and shapes, large enough to be seen."""
+    """Three images of different colors and sizes."""
     files = []
     for number, size in enumerate(((300, 200), (120, 240), (90, 90))):
         pixels = np.random.default_rng(number).integers(0, 256, (size[1] // 10, size[0] // 10, 3), dtype=np.uint8)
@@ -93,7 +93,7 @@ def browser():
         browser.close()
 
 
-def visit(browser, address: str):
+def open_page(browser, address: str):
     page = browser.new_page()
     page.set_default_timeout(TIMEOUT)
     page.goto(address)
@@ -113,7 +113,7 @@ def sources(page) -> list[str]:
 def wait_for_other_maps(page, before: list[str]) -> list[str]:
     end = time.monotonic() + TIMEOUT / 1000
     while (now := sources(page)) == before:
-        assert time.monotonic() < end, "the maps stay the same"
+        assert time.monotonic() < end, "the maps did not change"
         time.sleep(0.1)
     return now
 
@@ -124,32 +124,32 @@ def set_slider(page, name: str, value: int) -> None:
     number.press("Enter")
 
 
-def test_page_shows_labels_and_maps_and_refuses_what_is_no_image(serve, browser, checkpoint, images, tmp_path):
+def test_page_shows_labels_and_maps_and_refuses_other_files(serve, browser, checkpoint, images, tmp_path):
     address, process = serve(EXAMPLES / "app.py", "--model", checkpoint, "--max_megabytes", "0.5", "--keep_seconds", 2)
-    page = visit(browser, address)
+    page = open_page(browser, address)
     problems = []
     page.on("pageerror", lambda error: problems.append(str(error)))
 
     upload(page, images[0])
     first = sources(page)
-    # The image, the rollout, two branches at their patches and on their visits
+    # The image, the rollout, self-attention and cross-attention of two branches
     assert len(first) == len(set(first)) == 6
     captions = page.locator("#maps figcaption").all_inner_texts()
-    assert captions[1:3] == ["Rollout over all stages", "Branch 0 at its 6x6 patches"]
+    assert captions[1:3] == ["attention rollout over all stages", "branch 0 (6x6 patches) self-attention"]
     labels = page.locator("#labels").inner_text()
     assert len(set(re.findall(r"class <\d>", labels))) == 5 and "%" in labels
 
     set_slider(page, "stage", 1)
     earlier = wait_for_other_maps(page, first)
-    # The image and the rollout are of all stages
+    # The image and the rollout do not depend on the stage
     assert [one == other for one, other in zip(first, earlier)] == [True, True, False, False, False, False]
     set_slider(page, "head", 2)
-    of_head = wait_for_other_maps(page, earlier)
-    assert [one == other for one, other in zip(earlier, of_head)] == [True, True, False, False, False, False]
+    one_head = wait_for_other_maps(page, earlier)
+    assert [one == other for one, other in zip(earlier, one_head)] == [True, True, False, False, False, False]
     page.screenshot(path=tmp_path / "page.png", full_page=True)
 
     def refuse(name: str, content: bytes, message: str) -> None:
-        """Instead of an image that is there, whose maps must not stay."""
+        """The file replaces an image, whose maps must not stay."""
         page.reload()
         page.wait_for_selector("#upload input[type=file]", state="attached")
         upload(page, images[0])
@@ -161,22 +161,22 @@ def test_page_shows_labels_and_maps_and_refuses_what_is_no_image(serve, browser,
         page.get_by_text(re.compile(message)).first.wait_for()
         page.wait_for_function("!document.querySelector('#maps img')")
 
-    refuse("text.png", b"no image", "text.png: not an image")
+    refuse("text.png", b"not an image", "text.png: not an image")
     refuse("cut.png", images[0].read_bytes()[:-60], "cannot be read as an image: cut.png")
-    refuse("notes.txt", b"no image", "Invalid file type|not an image|must be")
+    refuse("notes.txt", b"not an image", "Invalid file type|not an image|must be")
     refuse("large.png", images[0].read_bytes() + bytes(600_000), "larger than 0.5 MB|exceed")
 
-    # It still works, and nothing of all this stays
+    # The page still works, and no upload is kept
     page.reload()
     upload(page, images[1])
     assert len(sources(page)) == 6
     end = time.monotonic() + 20
     while kept := [file for file in (tmp_path / "uploads").rglob("*") if file.is_file() and file.stat().st_size]:
-        assert time.monotonic() < end, kept  # Gradio leaves files behind, which are empty
+        assert time.monotonic() < end, kept  # Gradio leaves empty files behind
         time.sleep(0.2)
     before = sources(page)
     set_slider(page, "stage", 1)
-    wait_for_other_maps(page, before)  # which need the file no more
+    wait_for_other_maps(page, before)  # which does not need the file any more
     assert not problems
     page.close()
 
@@ -185,37 +185,37 @@ def test_page_shows_labels_and_maps_and_refuses_what_is_no_image(serve, browser,
     assert process.returncode in (0, 130) and "Traceback" not in output, output
 
 
-def test_visitors_see_their_own_images_at_the_same_time(serve, browser, checkpoint, images):
+def test_concurrent_visitors_see_their_own_images(serve, browser, checkpoint, images):
     address, _ = serve(EXAMPLES / "app.py", "--model", checkpoint)
-    pages = [visit(browser, address) for _ in images]
+    pages = [open_page(browser, address) for _ in images]
     for page, image in zip(pages, images):
         upload(page, image)
     together = [sources(page) for page in pages]
     assert len({source for maps in together for source in maps}) == 6 * len(images)
     for maps, image in zip(together, images):
-        alone = visit(browser, address)
-        upload(alone, image)
-        assert sources(alone) == maps
-        alone.close()
+        page = open_page(browser, address)
+        upload(page, image)
+        assert sources(page) == maps
+        page.close()
     for page in pages:
         page.close()
 
 
 @pytest.mark.parametrize("checkpoint", [1], indirect=True, ids=["one stage"])
-def test_space_runs_from_its_folder_alone(serve, browser, example, checkpoint, images, tmp_path):
+def test_space_needs_only_its_folder(serve, browser, example, checkpoint, images, tmp_path):
     space = tmp_path / "space"
     status, output, errors = example("app", "--model", checkpoint, "--space", space)
     assert status == 0 and str(space) in output, errors
     names = {path.name for path in space.iterdir()}
-    assert names == {"README.md", "app.py", "crossvit", "model", "requirements.txt"}
+    assert names == {"README.md", "app.py", "command_line.py", "crossvit", "model", "requirements.txt"}
     card = (space / "README.md").read_text()
     assert card.startswith("---\ntitle: ") and "sdk: gradio" in card and "app_file: app.py" in card
     requirements = (space / "requirements.txt").read_text()
-    assert "transformers<6,>=5.4" in requirements and "extra" not in requirements and "matplotlib" in requirements
+    assert "transformers<6,>=5." in requirements and "extra" not in requirements and "matplotlib" in requirements
     shutil.rmtree(checkpoint)
 
     address, _ = serve(space / "app.py")
-    page = visit(browser, address)
+    page = open_page(browser, address)
     upload(page, images[0])
     assert len(sources(page)) == 6
     assert page.locator("#head").is_visible() and not page.locator("#stage").is_visible()
@@ -223,7 +223,5 @@ def test_space_runs_from_its_folder_alone(serve, browser, example, checkpoint, i
 
     status, _, errors = example("app", "--model", space / "model", "--space", space)
     assert status == 1 and f"--space {space}: is not empty" in errors
-    status, _, errors = example("app", "--max_megabytes", 0)
-    assert status == 1 and "--max_megabytes 0" in errors
     status, _, errors = example("app", "--model", tmp_path / "typo")
     assert status == 1 and "typo: no CrossViT in such a folder or on the Hub" in errors

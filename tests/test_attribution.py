@@ -1,17 +1,15 @@
-"""Grad-CAM and captum on CrossViT, against their definitions."""
+"""Grad-CAM on CrossViT against its definition, and tokens as maps."""
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from captum.attr import IntegratedGradients, LayerGradientXActivation
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from timm_reference import perturb
 
 from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
-from crossvit.interpretability.attention_maps import SeenRegion
-from crossvit.interpretability.attribution import LogitsModel, TokensToMaps
+from crossvit.interpretability import CropRegion, LogitsModel, TokensToMaps
 
 
 @pytest.fixture
@@ -42,13 +40,13 @@ def grad_cam_by_hand(model, layer, grid, pixel_values, label) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("branch, grid", [(0, (6, 6)), (1, (4, 4))])
-def test_grad_cam_is_what_its_paper_says(model, pixel_values, branch, grid):
+def test_grad_cam_follows_the_formula_of_its_paper(model, pixel_values, branch, grid):
     layer = last_norms(model)[branch]
     with GradCAM(LogitsModel(model), [layer], reshape_transform=TokensToMaps(model)) as grad_cam:
         heat = grad_cam(pixel_values, targets=[ClassifierOutputTarget(3)] * 2)
     assert heat.shape == (2, 36, 36)
     expected = grad_cam_by_hand(model, layer, grid, pixel_values, 3)
-    # The package scales each map to 0 ... 1 and resizes it with OpenCV, which takes the centers of cells as they are
+    # The package scales each map to 0 ... 1 and resizes it bilinearly with OpenCV
     expected = (expected - expected.amin((1, 2), keepdim=True)) / expected.amax((1, 2), keepdim=True)
     expected = torch.nn.functional.interpolate(expected[:, None], (36, 36), mode="bilinear")[:, 0].numpy()
     expected -= expected.min(axis=(1, 2), keepdims=True)
@@ -67,10 +65,10 @@ def test_grad_cam_of_both_branches_and_any_resolution(model):
     with GradCAM(Interpolating(model), last_norms(model), reshape_transform=maps) as grad_cam:
         heat = grad_cam(pixel_values, targets=None)
     assert heat.shape == (1, 48, 60) and np.isfinite(heat).all() and heat.max() > heat.min()
-    # A map of the pixels of the model is brought to the image like one of patches
+    # Like a map of patches, one of the pixels of the model is resampled to the image
     image, processor = PIL.Image.new("RGB", (90, 70)), CrossViTImageProcessor(do_center_crop=False, do_resize=False)
-    region = SeenRegion.of(processor, image, torch.zeros(1, 3, 70, 90))
-    assert region.align(heat[0]).shape == (70, 90)
+    crop = CropRegion.from_processed(processor, image, torch.zeros(1, 3, 70, 90))
+    assert crop.align(heat[0]).shape == (70, 90)
 
 
 def test_tokens_become_maps_in_the_order_of_the_image(model):
@@ -80,7 +78,7 @@ def test_tokens_become_maps_in_the_order_of_the_image(model):
         maps = to_maps(tokens)
         assert maps.shape == (2, model.config.embed_dim[branch], rows, columns)
         assert torch.equal(maps[1, :, 2, 3], tokens[1, 1 + 2 * columns + 3])
-    # Of a stem, they are what the patch embeddings return
+    # For the stem they are the output of the convolution
     backbone = model.crossvit.embeddings[0]
     pixel_values = torch.randn(1, 3, 36, 36)
     with torch.no_grad():
@@ -89,7 +87,7 @@ def test_tokens_become_maps_in_the_order_of_the_image(model):
     assert torch.equal(to_maps(tokens), expected)
 
 
-def test_what_are_no_tokens_of_a_branch_is_named(model):
+def test_tokens_of_no_branch_are_refused(model):
     to_maps = TokensToMaps(model)
     for shape in ((2, 36, 24), (2, 37, 32), (2, 24), (2, 1, 24)):
         with pytest.raises(ValueError, match=r"\(37, 24\), \(17, 32\)"):
@@ -100,27 +98,3 @@ def test_what_are_no_tokens_of_a_branch_is_named(model):
     )
     with pytest.raises(ValueError, match="not those of one branch"):
         TokensToMaps(CrossViTForImageClassification(config))(torch.zeros(1, 17, 24))
-
-
-def test_captum_layer_attributions_become_maps(model, pixel_values):
-    layer, to_maps = last_norms(model)[1], TokensToMaps(model)
-    attribution = LayerGradientXActivation(LogitsModel(model), layer).attribute(pixel_values, target=3)
-    maps = to_maps(attribution).sum(dim=1)
-
-    kept = {}
-    handle = layer.register_forward_hook(lambda module, args, output: kept.update(tokens=output))
-    score = model(pixel_values).logits[:, 3].sum()
-    handle.remove()
-    (gradients,) = torch.autograd.grad(score, kept["tokens"])
-    expected = (gradients * kept["tokens"]).sum(dim=2)[:, 1:].reshape(2, 4, 4)
-    torch.testing.assert_close(maps, expected.detach())
-
-
-def test_captum_integrated_gradients_add_up_to_the_difference_of_the_logits(model, pixel_values):
-    logits = LogitsModel(model)
-    baseline = torch.zeros_like(pixel_values)
-    attribution = IntegratedGradients(logits).attribute(pixel_values, baseline, target=3, n_steps=200)
-    with torch.no_grad():
-        expected = logits(pixel_values)[:, 3] - logits(baseline)[:, 3]
-    # The axiom of completeness: with 200 steps 7e-8 were measured, of 0.1
-    torch.testing.assert_close(attribution.sum(dim=(1, 2, 3)).float(), expected, rtol=0, atol=1e-5)

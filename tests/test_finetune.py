@@ -5,27 +5,25 @@ import os
 import subprocess
 import sys
 
-import datasets
 import numpy as np
 import PIL.Image
 import pytest
+import timm
 import torch
-import transformers
 from examples_in_process import CLASSES, EXAMPLES, TINY_TRAINING, history, write_zoo
-from filelock import FileLock
 from hub_server import HubServer
 from peft import PeftModel
-from reference_files import save_timm_folder, small_timm
 from safetensors.torch import load_file
 from timm_reference import perturb
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, TrainingArguments, pipeline
 
 from crossvit import CrossViTForImageClassification, CrossViTImageProcessor
+from crossvit.remote_code import AUTO_MAP
 
 
 # Later releases of transformers have another name for it
 CHECKPOINTING = "activation_checkpointing"
-if CHECKPOINTING not in transformers.TrainingArguments.__dataclass_fields__:
+if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
     CHECKPOINTING = "gradient_checkpointing"
 
 
@@ -48,10 +46,9 @@ def same_weights(folder, other) -> bool:
 def test_what_comes_out(finetune, zoo, tmp_path):
     folder = finetune("--report_to", "tensorboard")
     results = json.loads((folder / "validation_results.json").read_text())
-    assert results["eval_accuracy"] >= 0.75 and results["eval_top5_accuracy"] == 1 and results["eval_f1"] >= 0.7
+    assert results["eval_accuracy"] >= 0.75 and results["eval_f1"] >= 0.7
     assert list(folder.glob("runs/*/events.*"))
-    with PIL.Image.open(folder / "validation_confusion.png") as picture:
-        assert min(picture.size) > 300 and np.unique(np.asarray(picture.convert("L"))).size > 50
+    assert (folder / "validation_confusion.png").is_file()
 
     config = AutoConfig.from_pretrained(folder)
     assert config.id2label == dict(enumerate(CLASSES)) and config.label2id["cow"] == 2
@@ -64,7 +61,8 @@ def test_what_comes_out(finetune, zoo, tmp_path):
     best = max(history(folder, "eval_accuracy"))
     assert results["eval_accuracy"] == best and len(list(folder.glob("checkpoint-*"))) <= 2
     card = (folder / "README.md").read_text()
-    assert "trained from scratch" in card and f"Accuracy: {best}" in card
+    assert "trained from scratch on the zoo dataset" in card
+    assert f"Accuracy: {round(best, 4)}" in card
     assert str(tmp_path) not in card
 
 
@@ -75,17 +73,25 @@ def test_a_checkpoint_keeps_its_weights_and_gets_heads_for_the_classes(finetune,
     for name, weight in weights.items():
         assert torch.equal(weight, pretrained[name]) != name.startswith("classifier"), name
     assert list(AutoImageProcessor.from_pretrained(folder).image_mean) == [0.5, 0.4, 0.3]
-    assert "weights on the author's machine" in (folder / "README.md").read_text()
+    assert "a fine-tuned version of a local checkpoint" in (folder / "README.md").read_text()
 
 
-def test_a_converted_checkpoint_keeps_its_code(finetune, convert, tmp_path):
-    checkpoint = convert(save_timm_folder(small_timm(), tmp_path / "timm"))
+def test_a_checkpoint_that_carries_its_code_keeps_it(finetune, checkpoint):
+    model = CrossViTForImageClassification.from_pretrained(checkpoint)
+    model.config.auto_map = dict(AUTO_MAP)
+    model.save_pretrained(checkpoint)
     folder = finetune("--num_train_epochs", "1", start=("--model", checkpoint))
     config = json.loads((folder / "config.json").read_text())
     assert config["auto_map"]["AutoModelForImageClassification"].startswith("modeling_crossvit.")
     assert (folder / "modeling_crossvit.py").is_file() and (folder / "configuration_crossvit.py").is_file()
-    assert "trust_remote_code=True" in (folder / "README.md").read_text()
-    assert not (folder / "conversion.json").exists()  # these are no longer the published weights
+
+
+def test_a_checkpoint_of_timm(finetune, tmp_path):
+    model = timm.create_model("crossvit_9_240", num_classes=5, depth=((1, 1, 0),))
+    timm.models.save_for_hf(model, tmp_path / "timm", model_args={"depth": ((1, 1, 0),)})
+    options = ["--learning_rate", "0", "--weight_decay", "0", "--num_train_epochs", "0.1"]
+    folder = finetune(*options, start=("--model", tmp_path / "timm"))
+    assert torch.equal(load_file(folder / "model.safetensors")["crossvit.embeddings.0.cls_token"], model.cls_token_0)
 
 
 def test_heads_that_know_the_classes_are_kept(finetune, checkpoint):
@@ -152,17 +158,9 @@ def test_lora_trains_adapters_and_heads_and_leaves_one_model(finetune, checkpoin
         ["--gradient_accumulation_steps", "3", "--per_device_train_batch_size", "4"],
         ["--torch_compile", "--torch_compile_backend", "aot_eager"],
         ["--average_decay", "0.9", "--num_train_epochs", "10"],
-        [
-            "--mixup_alpha",
-            "0.2",
-            "--cutmix_alpha",
-            "0.2",
-            "--label_smoothing_factor",
-            "0.1",
-            "--num_train_epochs",
-            "10",
-        ],
+        "--mixup_alpha 0.2 --cutmix_alpha 0.2 --label_smoothing_factor 0.1 --num_train_epochs 10".split(),
         ["--dataloader_num_workers", "2"],
+        ["--streaming", "--max_steps", "18"],
     ],
     ids=lambda options: options[0].strip("-"),
 )
@@ -182,20 +180,6 @@ def test_validation_images_are_held_out_where_there_are_none_and_test_images_are
         assert rate == pytest.approx(round(rate)) and (folder / f"{split}_confusion.png").is_file()
 
 
-def test_the_same_images_from_disk_and_as_a_stream_train_the_same_model(finetune, zoo, tmp_path):
-    saved = datasets.load_dataset("imagefolder", data_dir=str(zoo))
-    saved.save_to_disk(tmp_path / "saved")
-    options = ["--logging_steps", "1", "--mixup_alpha", "0.8", "--save_steps", "9", "--save_strategy", "steps"]
-    options += ["--eval_strategy", "steps"]
-    disk = finetune("--num_train_epochs", "3", *options, output="disk")
-    losses = history(disk, "loss")
-    assert len(losses) == 9
-    # 24 images are three whole batches: the epochs of a stream begin where those from disk do
-    for name, data in (("stream", zoo), ("saved-stream", tmp_path / "saved")):
-        stream = finetune("--streaming", "--max_steps", "9", *options, output=name, data=data)
-        assert history(stream, "loss") == losses and same_weights(stream, disk)
-
-
 def test_push_to_the_hub(finetune, zoo, tmp_path, small_config):
     small_config.save_pretrained(tmp_path / "config")
     with HubServer() as hub:
@@ -210,7 +194,7 @@ def test_push_to_the_hub(finetune, zoo, tmp_path, small_config):
     assert {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"} <= files.keys()
     assert not any(name.startswith(("checkpoint-", "_")) for name in files)
     card = files["README.md"].decode()
-    assert 'model="tester/zoo"' in card and str(tmp_path) not in card
+    assert str(tmp_path) not in card
 
 
 @pytest.mark.parametrize(
@@ -221,21 +205,12 @@ def test_push_to_the_hub(finetune, zoo, tmp_path, small_config):
         (["--config", "missing"], "missing: no configuration of a CrossViT"),
         (["--model", "missing"], "give --model, a CrossViT to fine-tune, or --config"),
         (["--image_size", "12 x 12"], "--image_size 12 x 12: give pixels as 224 or"),
-        (["--image_size", "100000000"], "--image_size 100000000: "),
         (["--drop_path_rate", "2"], "`drop_path_rate` must be at least 0 and below 1, got 2.0"),
         (["--lora_rank", "-1"], "--lora_rank -1: must be 0 or more"),
         (["--average_decay", "2"], "between 0 and 1, got 2.0"),
-        (["--crop_scale", "2", "1"], "`crop_scale` must be two parts of an image"),
+        (["--crop_scale", "2", "1"], "`crop_scale` must be two shares of an image"),
         (["--confg", "x"], "unrecognized arguments: --confg"),
-        (["--metric_for_best_model", "f2"], "--metric_for_best_model f2: none of accuracy, top5_accuracy, f1, loss"),
-        (["--label_smoothing_factor", "2"], "--label_smoothing_factor 2.0: must be"),
-        (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size 0: must be above 0"),
         (["--streaming"], "--streaming: a stream has no known end"),
-        (
-            ["--streaming", "--max_steps", "3", "--dataloader_num_workers", "2"],
-            "--dataloader_num_workers 2: a stream of 1",
-        ),
-        (["--report_to", "nothing_of_the_kind"], "nothing_of_the_kind"),
         (["--save_strategy", "steps"], "--load_best_model_at_end requires the save and eval strategy to match"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -246,59 +221,20 @@ def test_what_is_wrong_is_named_before_the_training(example, zoo, small_config, 
     status, _, errors = example("finetune", *arguments, *options)
     assert status in (1, 2) and message in errors.splitlines()[-1] and "Traceback" not in errors
     assert not (tmp_path / "out" / "model.safetensors").exists()
-    # It does not stand in the way of the right command
-    status, _, errors = example("finetune", *arguments, "--num_train_epochs", "0.1", "--check_images", "false")
-    assert status == 0, errors
 
 
-def test_a_run_has_its_folder_to_itself(example, finetune, zoo, tmp_path):
-    folder = finetune("--num_train_epochs", "1")
-    arguments = ["--config", tmp_path / "config", "--data", zoo, "--output_dir", folder, *TINY_TRAINING]
-    status, _, errors = example("finetune", *arguments, "--num_train_epochs", "2")
-    assert status == 1 and "num_train_epochs was 1.0 and is 2.0" in errors and "Traceback" not in errors
-    for folder in (folder, tmp_path / "begun"):
-        arguments[5] = folder
-        folder.mkdir(exist_ok=True)
-        before = sorted(folder.iterdir())
-        with FileLock(folder / "_lock"):
-            status, _, errors = example("finetune", *arguments, "--num_train_epochs", "1")
-        assert status == 1 and f"--output_dir {folder}: another command is writing there" in errors
-        assert {*folder.iterdir()} == {*before, folder / "_lock"}
-    arguments[5] = zoo / "out"
+def test_an_output_among_the_images_is_refused(example, zoo, small_config, tmp_path):
+    small_config.save_pretrained(tmp_path / "config")
+    arguments = ["--config", tmp_path / "config", "--data", zoo, "--output_dir", zoo / "out", *TINY_TRAINING]
     status, _, errors = example("finetune", *arguments)
     assert status == 1 and "lies in --data" in errors and not (zoo / "out").exists()
 
 
-def test_a_finished_run_that_was_moved_keeps_its_best_model(finetune, tmp_path):
-    folder = finetune()
-    states = (json.loads(file.read_text()) for file in folder.glob("checkpoint-*/trainer_state.json"))
-    state = max(states, key=lambda state: state["global_step"])
-    assert state["best_global_step"] < state["global_step"]
-    weights = load_file(folder / "model.safetensors")
-    folder.rename(tmp_path / "moved")
-    moved = load_file(finetune(output="moved") / "model.safetensors")
-    assert all(torch.equal(moved[name], weight) for name, weight in weights.items())
-
-
-def test_a_run_that_begins_anew_reads_validation_images_of_a_stream_again(example, small_config, zoo, tmp_path):
+def test_what_was_found_is_printed_and_where_a_run_goes_on(example, zoo, small_config, tmp_path):
     small_config.save_pretrained(tmp_path / "config")
     arguments = ["--config", tmp_path / "config", "--data", zoo, "--output_dir", tmp_path / "out", *TINY_TRAINING]
-    arguments += ["--streaming", "--max_steps", "2"]
-    assert example("finetune", *arguments, "--metric_for_best_model", "typo")[0] == 1
-    (zoo / "validation" / "ant" / "2.png").unlink()
-    status, _, errors = example("finetune", *arguments)
-    assert status == 0, errors
-    (copy,) = (tmp_path / "out" / "_images").rglob("*.arrow")
-    assert len(datasets.Dataset.from_file(str(copy))) == 8
-
-
-def test_a_damaged_image_that_was_not_checked_is_named_when_it_comes(example, small_config, zoo, tmp_path):
-    small_config.save_pretrained(tmp_path / "config")
-    (zoo / "train" / "bee" / "3.png").write_text("no image")
-    arguments = ["--config", tmp_path / "config", "--data", zoo, "--output_dir", tmp_path / "out", *TINY_TRAINING]
-    for options in ([], ["--check_images", "false"], ["--check_images", "false", "--dataloader_num_workers", "1"]):
-        status, _, errors = example("finetune", *arguments, *options)
-        last = errors.splitlines()[-1]
-        assert (
-            status == 1 and f"{zoo / 'train' / 'bee' / '3.png'}: not an image" in last and last.startswith("finetune")
-        )
+    status, output, _ = example("finetune", *arguments, "--num_train_epochs", "1")
+    assert status == 0 and "Images: 24 train, 9 validation; 3 classes: ant, bee, cow" in output
+    assert "Going on" not in output
+    status, output, _ = example("finetune", *arguments, "--num_train_epochs", "2")
+    assert status == 0 and f"Going on from {tmp_path / 'out' / 'checkpoint-3'}" in output

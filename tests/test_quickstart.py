@@ -5,13 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
-from safetensors.torch import load_file
 from timm_reference import perturb
 
 from crossvit import CrossViTForImageClassification, CrossViTImageProcessor
@@ -59,16 +57,11 @@ def test_quickstart_learns_digits_and_loads_them_back_in_a_new_process(tmp_path)
     assert code == 0, errors
     folder = tmp_path / "outputs" / "quickstart"
     metrics = json.loads((folder / "metrics.json").read_text())
-    # 98.1 to 98.9 % were measured over five seeds, in 29 to 31 seconds
-    assert metrics["eval_accuracy"] >= 0.95
-    assert metrics["train_runtime"] < 90 or "CI" in os.environ  # on two cores that do nothing else
+    assert metrics["eval_accuracy"] >= 0.95  # 98.9 to 99.2 % were measured with three seeds
     # The new process agrees with the Trainer about every digit
     assert f"new process: {round(360 * metrics['eval_accuracy'])} of 360 held-out digits" in output
     assert len(json.loads((folder / "predictions.json").read_text())) == 360
-
     assert "100%" in errors  # a progress bar
-    assert len(load_file(folder / "model.safetensors")) > 50
-    assert not list(folder.glob("*.bin")) and not list(folder.glob(".*"))
     with PIL.Image.open(folder / "quickstart.png") as picture:
         assert min(picture.size) > 1000 and np.unique(np.asarray(picture.convert("L"))).size > 50
 
@@ -84,66 +77,47 @@ def test_own_image_and_model(tmp_path, photo, checkpoint, small_config):
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("typo.png", None, "typo.png"),
-        ("text.png", b"not an image", "text.png"),
-        ("truncated.png", b"\x89PNG\r\n\x1a\n\x00\x00", "truncated.png"),
-        ("dot.png", (1, 1), "1x1"),
-    ],
-)
-@pytest.mark.parametrize("with_model", [False, True])
-def test_what_is_no_image_is_named_before_anything_is_trained(
-    tmp_path, checkpoint, name, content, message, with_model
-):
-    if isinstance(content, bytes):
-        (tmp_path / name).write_bytes(content)
-    elif content:
-        PIL.Image.new("RGB", content).save(tmp_path / name)
-    model = ["--model", checkpoint] if with_model else []
-    code, output, errors = run(tmp_path, "--image", tmp_path / name, *model)
-    assert code != 0 and message in errors and "Traceback" not in errors
-    assert len(errors.splitlines()) == 1 and output == ""
-    assert not (tmp_path / "outputs").exists()
+def test_unreadable_image_is_named_before_the_training(tmp_path):
+    (tmp_path / "text.png").write_text("not an image")
+    for name in ("typo.png", "text.png"):
+        code, output, errors = run(tmp_path, "--image", tmp_path / name)
+        assert code == 1 and name in errors and len(errors.splitlines()) == 1 and output == "", errors
 
 
-def test_what_is_no_crossvit_is_named(tmp_path, photo, checkpoint):
-    for model, config in (("chekpoint", None), (checkpoint, '{"model_type": "vit"}'), (checkpoint, "{")):
+def test_other_models_are_refused(tmp_path, photo, checkpoint):
+    for config in (None, '{"model_type": "vit"}', "{"):
         if config:
             (checkpoint / "config.json").write_text(config)
-        code, output, errors = run(tmp_path, "--image", photo, "--model", model)
-        assert code != 0 and str(model) in errors and "Traceback" not in errors, errors
-        assert output == ""
+        code, output, errors = run(tmp_path, "--image", photo, "--model", checkpoint if config else "chekpoint")
+        assert code == 1 and "--model" in errors and len(errors.splitlines()) == 1 and output == "", errors
 
 
-def test_damaged_weights_are_named(tmp_path, photo, checkpoint):
-    weights = checkpoint / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    code, output, errors = run(tmp_path, "--image", photo, "--model", checkpoint)
-    assert code != 0 and str(checkpoint) in errors and "Traceback" not in errors
-    assert output == ""
-
-
-def test_output_that_is_no_folder_is_named_before_anything_is_trained(tmp_path):
-    (tmp_path / "file").touch()
-    for folder in ("file", "file/folder"):
-        code, output, errors = run(tmp_path, "--output", folder)
-        assert code != 0 and f"--output {folder}" in errors and len(errors.splitlines()) == 1
-        assert output == ""
-
-
-def test_model_of_something_else_needs_images(tmp_path, checkpoint):
+def test_model_without_the_labels_of_digits_needs_images(tmp_path, checkpoint):
     code, output, errors = run(tmp_path, "--model", checkpoint)
-    assert code != 0 and "--image" in errors and "Traceback" not in errors
-    assert output == ""
+    assert code == 1 and "--image" in errors and len(errors.splitlines()) == 1 and output == "", errors
 
 
-def test_interrupted_training_leaves_nothing_that_looks_complete(tmp_path):
+def test_interrupted_training_ends_without_a_trace(tmp_path):
     process = start(tmp_path)
     assert "Training" in process.stdout.readline()
-    time.sleep(1)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode != 0 and "Interrupted." in errors and "Traceback" not in errors
-    assert not list((tmp_path / "outputs" / "quickstart").iterdir())
+    _, errors = process.communicate()
+    assert process.returncode == 130 and "Interrupted." in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize("name", ["app", "explain", "export", "quickstart", "retrieve", "segment"])
+def test_options_are_parsed_before_torch_is_imported(name):
+    code = """
+import runpy, sys
+sys.modules["torch"] = None  # so that importing it fails
+sys.argv[0] = sys.argv.pop(1)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    script = str(SCRIPT.with_name(f"{name}.py"))
+    process = subprocess.run(
+        [sys.executable, "-c", code, script, "--typo"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 2 and f"usage: {name}.py" in process.stderr, process.stderr

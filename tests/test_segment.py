@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import numpy as np
-import PIL.Image
 import pytest
 import torch
 from examples_in_process import EXAMPLES
@@ -34,7 +33,7 @@ def test_upernet_takes_maps_of_any_stage_and_branch_at_any_resolution(small_conf
     outputs = model(pixel_values, labels=labels)
     assert outputs.logits.shape == (2, 3, *size)
     outputs.loss.backward()
-    # All that comes before the last chosen stage learns; the maps are not normed, and no class token is in them
+    # Only what comes before the last chosen feature map gets gradients
     last = max(small_config.stage_names.index(name) for name in out_features)
     stage = last // 2 - 1
     for name, parameter in model.backbone.named_parameters():
@@ -65,35 +64,19 @@ def test_weights_of_a_classifier_start_a_segmentation(small_config, tmp_path):
     assert model.eval()(torch.randn(1, 3, 36, 36)).logits.shape == (1, 3, 36, 36)
 
 
-@pytest.fixture(scope="module")
-def segment():
-    return runpy.run_path(str(EXAMPLES / "segment.py"))
-
-
-def test_masks_are_those_of_the_shapes(segment):
-    """What is labelled is bright, and the ground is of one color up to noise."""
+def test_masks_are_those_of_the_shapes():
+    """Labelled pixels are bright, and the ground is of one color up to noise."""
+    draw_sample = runpy.run_path(str(EXAMPLES / "segment.py"))["draw_sample"]
     seen = set()
     for index in range(40):
-        image, mask = segment["draw_sample"](np.random.default_rng(index))
-        again, same_mask = segment["draw_sample"](np.random.default_rng(index))
-        assert image.tobytes() == again.tobytes() and np.array_equal(mask, same_mask)
+        image, mask = draw_sample(np.random.default_rng(index))
         assert mask.shape == (64, 64) and image.size == (64, 64)
         seen |= set(np.unique(mask).tolist())
-        ground = np.asarray(image, dtype=float)[mask == 0]
-        assert ground.std(axis=0).max() < 15  # 12, less what is cut off below 0
-        assert np.asarray(image, dtype=float)[mask > 0].sum() > ground.mean(axis=0).sum() * (mask > 0).sum()
+        pixels = np.asarray(image, dtype=float)
+        ground = pixels[mask == 0]
+        assert ground.std(axis=0).max() < 15  # the noise has 12, of which values below 0 are cut off
+        assert pixels[mask > 0].mean() > ground.mean()
     assert seen == {0, 1, 2, 3}
-
-
-def test_mean_iou_is_that_of_its_definition(segment):
-    from transformers import EvalPrediction
-
-    labels = np.array([[[0, 0, 1], [1, 2, 2]]])
-    predicted = np.array([[[0, 1, 1], [1, 2, 0]]])
-    metrics = segment["mean_iou"](EvalPrediction(predicted, labels))
-    # Intersection by union: 1 of 3, 2 of 3, 1 of 2; of the class that is nowhere there is none
-    assert metrics["iou_background"] == pytest.approx(1 / 3) and metrics["iou_circle"] == pytest.approx(2 / 3)
-    assert metrics["mean_iou"] == pytest.approx((1 / 3 + 2 / 3 + 1 / 2) / 3)
 
 
 def test_a_short_training_leaves_a_model_and_a_picture(example, tmp_path):
@@ -101,8 +84,6 @@ def test_a_short_training_leaves_a_model_and_a_picture(example, tmp_path):
     assert status == 0, errors
     assert re.search(r"Mean IoU on 200 other images: 0\.\d+", output)
     assert {"config.json", "model.safetensors", "metrics.json", "segment.png"} <= set(os.listdir(tmp_path / "shapes"))
-    status, _, errors = example("segment", "--images", 0, "--output", tmp_path / "none")
-    assert status == 1 and "--images 0" in errors and not (tmp_path / "none").exists()
 
 
 @pytest.mark.slow
@@ -111,5 +92,3 @@ def test_shapes_are_found(tmp_path):
     assert process.returncode == 0, process.stderr
     metrics = json.loads((tmp_path / "outputs" / "segment" / "metrics.json").read_text())
     assert metrics["eval_mean_iou"] > 0.85
-    with PIL.Image.open(tmp_path / "outputs" / "segment" / "segment.png") as picture:
-        assert min(picture.size) > 500

@@ -11,4 +11,22 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a model looks at: attention maps, rollout, attribution, and their pictures."""
+"""What a model attends to: attention maps, rollout, attribution, and pictures of them, which need Matplotlib."""
+
+from .attention_maps import AttentionMap, AttentionMaps, CropRegion
+from .attribution import LogitsModel, TokensToMaps
+from .plotting import Picture, Scores, display_size, draw_rows, overlay
+
+
+__all__ = [
+    "AttentionMap",
+    "AttentionMaps",
+    "CropRegion",
+    "LogitsModel",
+    "Picture",
+    "Scores",
+    "TokensToMaps",
+    "display_size",
+    "draw_rows",
+    "overlay",
+]

@@ -11,12 +11,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Where a CrossViT looks: the attention of its class tokens, by token, by patch and on the image itself.
+"""Attention maps of a CrossViT: what its class tokens attend to, by token, by patch and on the pixels of the image.
 
 ```python
 maps = AttentionMaps(model, image_processor, image)
-maps.self_attention(branch=0)                    # of the class token in the last layer, the mean of the heads
-maps.cross_attention(branch=1, stage=0, head=2)  # of the class token on its visit to the next branch
+maps.self_attention(branch=0)                    # of the class token in the last layer, averaged over the heads
+maps.cross_attention(branch=1, stage=0, head=2)  # of the class token of branch 1 to the patches of branch 0
 maps.rollout().on_image()                        # (height, width) of the image
 ```
 """
@@ -33,16 +33,16 @@ from transformers.image_utils import load_image
 
 
 @dataclass(frozen=True)
-class SeenRegion:
+class CropRegion:
     """
-    The part of an image that a model sees: what its image processor cuts out after resizing. Every branch resizes it
-    to whole patches, so that the patches of each branch cover it evenly.
+    The part of an image that reaches the model: what its image processor crops after resizing. Every branch resizes
+    this crop to whole patches, so that the patches of each branch cover it evenly.
 
     Args:
         image_size (`tuple[int, int]`): (height, width) of the image in pixels.
-        origin (`tuple[float, float]`): (top, left) of the region in pixels of the image; negative where the image
+        origin (`tuple[float, float]`): (top, left) of the crop in pixels of the image; negative where the image
             processor pads.
-        size (`tuple[float, float]`): (height, width) of the region in pixels of the image.
+        size (`tuple[float, float]`): (height, width) of the crop in pixels of the image.
     """
 
     image_size: tuple[int, int]
@@ -50,46 +50,40 @@ class SeenRegion:
     size: tuple[float, float]
 
     @classmethod
-    def of(cls, image_processor: Any, image: PIL.Image.Image, pixel_values: torch.Tensor) -> "SeenRegion":
-        """What `pixel_values` (1, channels, height, width) show of the image that `image_processor` made them of."""
-        uncut = image_processor(
+    def from_processed(cls, image_processor: Any, image: PIL.Image.Image, pixel_values: torch.Tensor) -> "CropRegion":
+        """The crop of `image` that `image_processor` turned into `pixel_values` (1, channels, height, width)."""
+        uncropped = image_processor(
             image, do_center_crop=False, do_rescale=False, do_normalize=False, return_tensors="pt"
         ).pixel_values
         image_size = (image.height, image.width)
         origin, size = [], []
-        for side, resized, seen in zip(image_size, uncut.shape[-2:], pixel_values.shape[-2:]):
+        for side, resized, cropped in zip(image_size, uncropped.shape[-2:], pixel_values.shape[-2:]):
             # As in `center_crop` of the image processors
-            margin = round((resized - seen) / 2) if resized >= seen else -((seen - resized) // 2)
+            margin = round((resized - cropped) / 2) if resized >= cropped else -((cropped - resized) // 2)
             origin.append(margin * side / resized)
-            size.append(seen * side / resized)
+            size.append(cropped * side / resized)
         return cls(image_size, (origin[0], origin[1]), (size[0], size[1]))
 
     def align(self, values: np.ndarray, smooth: bool = False, image_size: tuple[int, int] | None = None) -> np.ndarray:
         """
-        Brings values of the region to the pixels of the image.
+        Resamples a grid of values over the crop to the pixels of the image.
 
         Args:
-            values (`np.ndarray`): (rows, columns), of patches or, as Grad-CAM makes them, of pixels of the model.
-            smooth (`bool`, *optional*, defaults to `False`): whether to blur the edges of the cells, for pictures;
-                otherwise a pixel has the mean over its area, and nothing is lost.
+            values (`np.ndarray`): (rows, columns), one value per patch or, as from Grad-CAM, per pixel of the crop.
+            smooth (`bool`, *optional*, defaults to `False`): whether to interpolate between the cells, for display;
+                otherwise a pixel gets the mean over its area, which keeps the sum.
             image_size (`tuple[int, int]`, *optional*): (height, width) of the result, for a scaled copy of the image.
 
         Returns:
-            `np.ndarray`: (height, width), 0 where the model does not see the image.
+            `np.ndarray`: (height, width), 0 outside the crop.
         """
         height, width = image_size or self.image_size
-        rows = self._shares(0, values.shape[0], height, smooth)
-        columns = self._shares(1, values.shape[1], width, smooth)
+        rows = self._resampling_weights(0, values.shape[0], height, smooth)
+        columns = self._resampling_weights(1, values.shape[1], width, smooth)
         return rows @ values @ columns.T
 
-    def cell_area(self, shape: tuple[int, ...], image_size: tuple[int, int] | None = None) -> float:
-        """The area in pixels of the image, or a scaled copy, of a cell if (rows, columns) of them cover the region."""
-        scaled_size = image_size or self.image_size
-        scaling = (scaled_size[0] / self.image_size[0]) * (scaled_size[1] / self.image_size[1])
-        return scaling * self.size[0] * self.size[1] / (shape[0] * shape[1])
-
-    def _shares(self, axis: int, cells: int, pixels: int, smooth: bool) -> np.ndarray:
-        """The shares (pixels, cells) of the cells of the region in each pixel along an axis."""
+    def _resampling_weights(self, axis: int, cells: int, pixels: int, smooth: bool) -> np.ndarray:
+        """The weights (pixels, cells) of the cells of the crop in each pixel along an axis."""
         cells_per_pixel = self.image_size[axis] / pixels * cells / self.size[axis]
         start = self.origin[axis] / self.size[axis] * cells
         edges = (np.arange(pixels + 1) * cells_per_pixel - start)[:, None]
@@ -100,48 +94,50 @@ class SeenRegion:
         # Cubic B-splines: never negative, and round where linear interpolation shows stars
         centers = np.clip((edges[1:] + edges[:-1] - 1) / 2, 0, cells - 1)
         distances = np.abs(centers - cell) / max(1, cells_per_pixel)
-        shares = np.where(
+        weights = np.where(
             distances < 1, 2 / 3 - distances**2 + distances**3 / 2, np.clip(2 - distances, 0, None) ** 3 / 6
         )
-        return overlaps.sum(axis=1, keepdims=True) * shares / shares.sum(axis=1, keepdims=True)
+        return overlaps.sum(axis=1, keepdims=True) * weights / weights.sum(axis=1, keepdims=True)
 
 
 @dataclass(frozen=True)
 class AttentionMap:
     """
-    How a token shares its attention among class tokens and patches: shares that sum to one.
+    The attention of one token to class tokens and patches, which sums to one.
 
     Args:
-        class_tokens (`dict[int, float]`): the shares of class tokens, by branch.
-        patches (`dict[int, np.ndarray]`): the shares of the patches (rows, columns), by branch.
-        region (`SeenRegion`): where the patches are.
+        class_tokens (`dict[int, float]`): the attention to class tokens, by branch.
+        patches (`dict[int, np.ndarray]`): the attention to the patches (rows, columns), by branch.
+        crop (`CropRegion`): where the patches are in the image.
     """
 
     class_tokens: dict[int, float]
     patches: dict[int, np.ndarray]
-    region: SeenRegion
+    crop: CropRegion
 
     def on_image(self, smooth: bool = False, image_size: tuple[int, int] | None = None) -> np.ndarray:
         """
-        The shares of the patches, spread evenly over their areas and over all branches.
+        The attention to the patches, spread evenly over their areas and summed over the branches.
 
         Args:
             smooth, image_size:
-                As in [`SeenRegion.align`].
+                As in [`CropRegion.align`].
 
         Returns:
-            `np.ndarray`: (height, width) of the image, the share of each pixel: 0 outside of what the model sees, and
-            together the share of all patches, unless `smooth` or the image was padded.
+            `np.ndarray`: (height, width) of the image, the attention to each pixel: 0 outside the crop. Its sum is
+            the attention to all patches, unless `smooth` or the image was padded.
         """
-        densities = [shares / self.region.cell_area(shares.shape, image_size) for shares in self.patches.values()]
-        return np.sum([self.region.align(density, smooth, image_size) for density in densities], axis=0)
+        height, width = image_size or self.crop.image_size
+        crop_pixels = np.prod(self.crop.size) * height * width / np.prod(self.crop.image_size)
+        densities = [patches * patches.size / crop_pixels for patches in self.patches.values()]
+        return np.sum([self.crop.align(density, smooth, image_size) for density in densities], axis=0)
 
 
 class AttentionMaps:
     """
-    The attention of a model on one image. The model runs once, with eager attention and without dropout, as other
-    implementations do not say how they attend; then it is as it was, which is not for several threads at once unless
-    it is loaded with `attn_implementation="eager"`.
+    The attention of a model for one image. The model runs once, with eager attention and without dropout, since other
+    attention implementations do not return weights; afterwards its settings are restored. Threads may share a model
+    that was loaded with `attn_implementation="eager"` and is in evaluation mode.
 
     Args:
         model (`CrossViTForImageClassification` or `CrossViTModel`): on any device.
@@ -155,7 +151,7 @@ class AttentionMaps:
     Attributes:
         image (`PIL.Image.Image`): upright and in RGB.
         outputs (`ModelOutput`): of the model, with the logits.
-        region (`SeenRegion`): what the model sees of the image.
+        crop (`CropRegion`): the part of the image that reaches the model.
         grid_sizes (`list[tuple[int, int]]`): (rows, columns) of patches of each branch.
     """
 
@@ -163,8 +159,8 @@ class AttentionMaps:
         self.image = load_image(image)
         self.config = model.config
         pixel_values = image_processor(self.image, return_tensors="pt").pixel_values
-        self.region = SeenRegion.of(image_processor, self.image, pixel_values)
-        with torch.no_grad(), attending_eagerly(model):
+        self.crop = CropRegion.from_processed(image_processor, self.image, pixel_values)
+        with torch.no_grad(), eager_attention(model):
             self.outputs = model(
                 pixel_values.to(model.device, model.dtype),
                 interpolate_pos_encoding=interpolate_pos_encoding,
@@ -174,8 +170,8 @@ class AttentionMaps:
 
         if getattr(self.outputs, "cross_attentions", None) is None:
             raise TypeError(
-                "The model must be a CrossViTForImageClassification or a CrossViTModel, which return the attention of"
-                f" their fusions, got a {type(model).__name__}."
+                "The model must be a CrossViTForImageClassification or a CrossViTModel, which return cross-attention"
+                f" weights, got a {type(model).__name__}."
             )
 
         height, width = pixel_values.shape[-2:]
@@ -183,7 +179,7 @@ class AttentionMaps:
             embeddings.get_grid_size(embeddings.get_image_size(height, width, interpolate_pos_encoding))
             for embeddings in model.branch_embeddings
         ]
-        # (heads, queries, keys) of each stage, branch and layer; of fusions the first layer alone sees patches
+        # (heads, queries, keys) by stage, branch and layer; only the first cross-attention layer attends to patches
         attentions, cross_attentions = iter(self.outputs.attentions), iter(self.outputs.cross_attentions)
         self.self_weights: list[list[list[np.ndarray]]] = []
         self.cross_weights: list[list[np.ndarray]] = []
@@ -196,100 +192,119 @@ class AttentionMaps:
         self, branch: int, stage: int = -1, layer: int = -1, head: int | None = None, token: int = 0
     ) -> AttentionMap:
         """
-        How a token of a branch attends to all tokens of the branch.
+        The attention of a token of a branch to all tokens of that branch.
 
         Args:
-            branch, stage, layer (`int`): which layer, of those of the branch in the stage; negative ones count from
-                the end.
-            head (`int`, *optional*): which head; by default the mean of them.
+            branch, stage, layer (`int`): which of the layers of the branch in the stage, counted from 0; negative
+                numbers count from the end.
+            head (`int`, *optional*): which head; by default the mean of all heads.
             token (`int`, *optional*, defaults to 0): which token: 0 is the class token, 1 the first patch.
 
         Raises:
-            `ValueError`: if there is no such one.
+            `ValueError`: if one of them is out of range.
         """
-        layers = pick("branch", branch, pick("stage", stage, self.self_weights))
-        weights = pick("layer", layer, layers, f" in branch {branch} of stage {stage}")
-        return self._map(branch, branch, pick("token", token, of_head(weights, head)))
+        layers = select("branch", branch, select("stage", stage, self.self_weights))
+        weights = select("layer", layer, layers, f" in branch {branch} of stage {stage}")
+        return self._map(branch, branch, select("token", token, select_head(weights, head)))
 
     def cross_attention(self, branch: int, stage: int = -1, head: int | None = None) -> AttentionMap:
         """
-        How the class token of a branch attends to itself and to the patches of the next branch, in the fusion of a
-        stage.
+        The cross-attention of the class token of a branch, in the fusion of a stage: to itself and to the patches of
+        the next branch.
 
         Args:
             branch, stage, head:
                 As in [`~AttentionMaps.self_attention`].
 
         Raises:
-            `ValueError`: if there is no such one.
+            `ValueError`: if one of them is out of range.
         """
-        weights = pick("branch", branch, pick("stage", stage, self.cross_weights))
-        return self._map(branch, branch + 1, of_head(weights, head)[0])
+        weights = select("branch", branch, select("stage", stage, self.cross_weights))
+        return self._map(branch, branch + 1, select_head(weights, head)[0])
+
+    def class_token_maps(self, stage: int = -1, head: int | None = None) -> dict[str, AttentionMap]:
+        """
+        All maps of a stage, by title: the self-attention of the class token in the last layer of each branch that has
+        layers in the stage, then the cross-attention of each branch.
+
+        Args:
+            stage, head:
+                As in [`~AttentionMaps.self_attention`].
+        """
+        branches = range(self.config.num_branches)
+        maps = {}
+        for branch, layers in zip(branches, select("stage", stage, self.self_weights)):
+            rows, columns = self.grid_sizes[branch]
+            if layers:
+                title = f"branch {branch} ({rows}x{columns} patches)\nself-attention"
+                maps[title] = self.self_attention(branch, stage, head=head)
+        for branch in branches:
+            title = f"branch {branch} to branch {(branch + 1) % len(branches)}\ncross-attention"
+            maps[title] = self.cross_attention(branch, stage, head)
+        return maps
 
     def rollout(self, branch: int | None = None) -> AttentionMap:
         """
-        What the class token of a branch at the end is made of: the class tokens and patches of all branches at the
-        start, if attention were all that moves information. Attention rollout (Abnar and Zuidema 2020,
-        arXiv:2005.00928: heads are averaged, half of each token stays through the residual, layers are multiplied),
-        carried over to several branches: the tokens of all of them form one sequence, in which
+        Attention rollout (Abnar and Zuidema 2020, arXiv:2005.00928): the share of each input token in the class token
+        of a branch at the end, if attention were all that moves information between tokens. Heads are averaged, half
+        of each token stays through the residual, and layers are multiplied. With several branches, the tokens of all
+        of them form one sequence, in which
 
-        - a layer of a branch mixes the tokens of the branch: x <- (x + A x) / 2, and leaves the others as they are;
-        - a fusion mixes the class token c of a branch with the patches p of the next one:
-          c <- (c + a_0 c + sum_n a_n p_n) / 2. The projections to the other branch and back change what a class token
-          says, not where it is from, as MLPs do. Further cross-attention layers, where the class token attends to
-          itself alone, change nothing.
+        - a layer of a branch mixes the tokens of that branch: x <- (x + A x) / 2;
+        - a fusion mixes the class token c of a branch with the patches p of the next branch:
+          c <- (c + a_0 c + sum_n a_n p_n) / 2. The projections to the width of the other branch and back act on each
+          token by itself, as MLPs do, and so does every cross-attention layer after the first, where the class token
+          attends only to itself: they change nothing here.
 
         Args:
-            branch (`int`, *optional*): which class token; by default their mean, as logits are the mean of a head on
-                each of them.
+            branch (`int`, *optional*): whose class token; by default the mean over the branches, as logits are the
+                mean over the heads of the branches.
 
         Raises:
-            `ValueError`: if there is no such branch.
+            `ValueError`: if `branch` is out of range.
         """
         ends = np.cumsum([1 + rows * columns for rows, columns in self.grid_sizes])
         starts = [0, *ends[:-1]]
-        # Row i has the shares of all tokens at the start in token i, in float64 as they are multiplied by the dozen
+        # Row i holds the shares of all input tokens in token i, in float64 since dozens of layers are multiplied
         shares = np.eye(ends[-1])
         for self_weights, cross_weights in zip(self.self_weights, self.cross_weights):
             for start, end, layers in zip(starts, ends, self_weights):
                 for weights in layers:
-                    shares[start:end] = (shares[start:end] + of_head(weights, None) @ shares[start:end]) / 2
-            for index, weights in enumerate(cross_weights):  # in any order: they change class tokens, and read patches
+                    shares[start:end] = (shares[start:end] + select_head(weights, None) @ shares[start:end]) / 2
+            for index, weights in enumerate(cross_weights):  # in any order: they change class tokens and read patches
                 next_index = (index + 1) % len(starts)
                 class_shares = shares[starts[index]]
-                visited = np.vstack((class_shares, shares[starts[next_index] + 1 : ends[next_index]]))
-                shares[starts[index]] = (class_shares + of_head(weights, None)[0] @ visited) / 2
+                keys = np.vstack((class_shares, shares[starts[next_index] + 1 : ends[next_index]]))
+                shares[starts[index]] = (class_shares + select_head(weights, None)[0] @ keys) / 2
 
-        result = shares[starts].mean(axis=0) if branch is None else shares[pick("branch", branch, starts)]
+        result = shares[starts].mean(axis=0) if branch is None else shares[select("branch", branch, starts)]
         branches = list(enumerate(zip(starts, ends, self.grid_sizes)))
         return AttentionMap(
             {index: float(result[start]) for index, (start, _, _) in branches},
             {index: result[start + 1 : end].reshape(grid) for index, (start, end, grid) in branches},
-            self.region,
+            self.crop,
         )
 
-    def _map(self, class_branch: int, patch_branch: int, shares: np.ndarray) -> AttentionMap:
-        """The map of a token that attends to a class token and to the patches of a branch."""
+    def _map(self, class_branch: int, patch_branch: int, weights: np.ndarray) -> AttentionMap:
+        """The map of a token that attends to the class token of one branch and to the patches of one."""
         class_branch, patch_branch = (index % len(self.grid_sizes) for index in (class_branch, patch_branch))
-        patches = shares[1:].reshape(self.grid_sizes[patch_branch])
-        return AttentionMap({class_branch: float(shares[0])}, {patch_branch: patches}, self.region)
+        patches = weights[1:].reshape(self.grid_sizes[patch_branch])
+        return AttentionMap({class_branch: float(weights[0])}, {patch_branch: patches}, self.crop)
 
 
 @contextmanager
-def attending_eagerly(model: Any) -> Iterator[None]:
-    """With eager attention and without dropout; then as before."""
+def eager_attention(model: Any) -> Iterator[None]:
+    """Eager attention and evaluation mode for a while."""
     implementation, training = model.config._attn_implementation, model.training
     try:
         if implementation != "eager":
             model.set_attn_implementation("eager")
-        if training:
-            model.eval()
+        model.eval()
         yield
     finally:
         if implementation != "eager":
             model.set_attn_implementation(implementation)
-        if training:
-            model.train()
+        model.train(training)
 
 
 def to_array(weights: torch.Tensor) -> np.ndarray:
@@ -297,15 +312,15 @@ def to_array(weights: torch.Tensor) -> np.ndarray:
     return weights[0].float().cpu().numpy()
 
 
-def of_head(weights: np.ndarray, head: int | None) -> np.ndarray:
-    """(heads, queries, keys) -> (queries, keys)"""
-    return weights.mean(axis=0, dtype=np.float64) if head is None else pick("head", head, weights)
+def select_head(weights: np.ndarray, head: int | None) -> np.ndarray:
+    """(heads, queries, keys) -> (queries, keys) of a head, or the mean of all heads"""
+    return weights.mean(axis=0, dtype=np.float64) if head is None else select("head", head, weights)
 
 
-def pick(name: str, index: int, entries: Any, where: str = "") -> Any:
+def select(name: str, index: int, entries: Any, where: str = "") -> Any:
     if not -len(entries) <= index < len(entries):
-        raise ValueError(f"`{name}` must be one of the {len(entries)}{where}, from 0, got {index}.")
+        raise ValueError(f"`{name}={index}` is out of range: there are {len(entries)}{where}, counted from 0.")
     return entries[index]
 
 
-__all__ = ["AttentionMap", "AttentionMaps", "SeenRegion"]
+__all__ = ["AttentionMap", "AttentionMaps", "CropRegion"]

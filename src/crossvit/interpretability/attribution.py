@@ -11,9 +11,8 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""
-What packages of attribution methods, as pytorch-grad-cam and captum, need to work on CrossViT: a model that returns a
-tensor, and tokens as maps.
+"""Adapters between CrossViT and packages of attribution methods, such as pytorch-grad-cam and captum, which expect a
+model that returns a tensor, and maps instead of tokens.
 
 ```python
 from captum.attr import IntegratedGradients, LayerGradientXActivation
@@ -22,13 +21,13 @@ from pytorch_grad_cam import GradCAM
 logits, to_maps = LogitsModel(model), TokensToMaps(model)
 layers = [branch.layers[-1].layernorm_before for branch in model.crossvit.stages[-1].branches]
 with GradCAM(logits, layers, reshape_transform=to_maps) as grad_cam:
-    heat = grad_cam(pixel_values, targets=None)  # (batch, height, width) of `pixel_values`, for the best label
+    heat = grad_cam(pixel_values, targets=None)  # (batch, height, width) of `pixel_values`, for the top label
 tokens = LayerGradientXActivation(logits, layers[0]).attribute(pixel_values, target=label)
 heat = to_maps(tokens).sum(dim=1)  # (batch, rows, columns) of the patches of the branch
 pixels = IntegratedGradients(logits).attribute(pixel_values, target=label)
 ```
 
-`SeenRegion.align` of `crossvit.interpretability.attention_maps` brings any of these to the pixels of the image.
+[`CropRegion.align`] resamples any of these to the pixels of the image.
 """
 
 from typing import Any
@@ -38,7 +37,7 @@ from torch import nn
 
 
 class LogitsModel(nn.Module):
-    """A classifier that returns its logits (batch_size, num_labels) alone."""
+    """A classifier that returns only its logits (batch_size, num_labels)."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -50,11 +49,11 @@ class LogitsModel(nn.Module):
 
 class TokensToMaps:
     """
-    Makes maps (batch_size, embed_dim, rows, columns) of all tokens (batch_size, 1 + num_patches, embed_dim) of a
-    branch, which is told by its width and its number of patches.
+    Reshapes all tokens (batch_size, 1 + num_patches, embed_dim) of a branch to maps (batch_size, embed_dim, rows,
+    columns) of its patches. The branch is the one with this width and number of patches.
 
     Args:
-        model (`CrossViTPreTrainedModel`): whose tokens they are.
+        model (`CrossViTPreTrainedModel`): the model of the tokens.
         image_size (`tuple[int, int]`, *optional*): (height, width) of the `pixel_values`, if the model is called with
             `interpolate_pos_encoding=True`.
     """
@@ -72,14 +71,15 @@ class TokensToMaps:
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         """
         Raises:
-            `ValueError`: for what are not all tokens of a branch, or of which of two branches they are is unknown.
+            `ValueError`: if the tokens are not all tokens of a branch, or could be those of two branches with
+                different grids.
         """
         grid_sizes = self.grid_sizes.get(tuple(tokens.shape[1:]), set())
         if len(grid_sizes) != 1:
             raise ValueError(
                 f"Tokens of shape {tuple(tokens.shape)} are not those of one branch; (tokens, embed_dim) of the"
                 f" branches are {', '.join(map(str, self.grid_sizes))}. Choose a layer of `stages[...].branches[...]`,"
-                " and give the `image_size` of `pixel_values` if the position embeddings are interpolated."
+                " and pass the `image_size` of `pixel_values` if the position embeddings are interpolated."
             )
         # (batch, 1 + patches, dim) -> (batch, dim, rows, columns)
         return tokens[:, 1:].transpose(1, 2).unflatten(2, *grid_sizes)

@@ -11,95 +11,63 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Pictures, in colors that are different to color-blind eyes too."""
+"""Pictures of attention maps and predictions, in colors that color-blind readers can distinguish. Matplotlib is loaded
+when something is drawn."""
 
-import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
 import PIL.Image
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.figure import Figure
 
-from ..training.errors import CommandError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#BBBBBB"
 HEAT = "inferno"
-CELL = 2.1  # inches, the width of a picture among others
-MAX_NAMES = 40  # more do not fit beside the rows
-
-
-def draw_confusion_matrix(matrix: np.ndarray, class_names: list[str]) -> Figure:
-    """
-    A confusion matrix as a picture: the share of the images of a class, the row, by what they were taken for.
-
-    Args:
-        matrix (`np.ndarray`): counts (classes, classes), of [`confusion_matrix`].
-        class_names (`list[str]`): of the rows and columns.
-    """
-    classes = len(class_names)
-    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    side = min(4 + 0.35 * classes, 16)
-    figure = Figure(figsize=(side + 1.2, side), dpi=120, layout="constrained")
-    axis = figure.subplots()
-    image = axis.imshow(shares, cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
-    if classes <= MAX_NAMES:
-        names = [name.split(",")[0][:24] for name in class_names]
-        axis.set_xticks(range(classes), names, rotation=90, parse_math=False)
-        axis.set_yticks(range(classes), names, parse_math=False)
-        for row, column in zip(*np.nonzero(matrix)):
-            color = "black" if shares[row, column] > 0.5 else "white"
-            axis.text(column, row, str(matrix[row, column]), ha="center", va="center", color=color, fontsize=9)
-    what = "class" if classes <= MAX_NAMES else "class (its index)"
-    size = 8 + side / 2  # of letters, in points
-    axis.set_xlabel(f"predicted {what}", fontsize=size)
-    axis.set_ylabel(what, fontsize=size)
-    axis.set_title(f"{np.trace(matrix):,} of {matrix.sum():,} images are right", fontsize=size)
-    figure.colorbar(image, ax=axis, shrink=0.8).set_label("share of the images of the class", fontsize=size)
-    return figure
+CELL = 2.1  # inches, the width of a picture in a row
 
 
 def display_size(image: PIL.Image.Image, side: int = 480) -> tuple[int, int]:
-    """The (height, width) in pixels of the image with `side` pixels on the longer side."""
+    """The (height, width) in pixels of the image scaled to `side` pixels on its longer side."""
     scale = side / max(image.size)
     return max(1, round(scale * image.height)), max(1, round(scale * image.width))
 
 
 def overlay(image: PIL.Image.Image, values: np.ndarray) -> PIL.Image.Image:
     """
-    Values as colors over an image in grey: the brighter, the higher by the highest.
+    A heat map of values, relative to their maximum, over the image in grey.
 
     Args:
-        image (`PIL.Image.Image`): is brought to the size of the values.
-        values (`np.ndarray`): (height, width), of [`AttentionMap.on_image`] or
-            [`SeenRegion.align`]; those below 0 count as 0.
+        image (`PIL.Image.Image`): is resized to the shape of the values.
+        values (`np.ndarray`): (height, width), from [`AttentionMap.on_image`] or [`CropRegion.align`]; negative ones
+            count as 0.
     """
+    from matplotlib import colormaps
+
     height, width = values.shape
     grey = np.asarray(image.convert("L").resize((width, height)), dtype=np.float32)[..., None] / 255
     weights = np.clip(values, 0, None).astype(np.float32)
     weights /= max(weights.max(), np.finfo(np.float32).tiny)
-    colors = matplotlib.colormaps[HEAT](weights)[..., :3]
+    colors = colormaps[HEAT](weights)[..., :3]
     opacity = 0.2 + 0.7 * weights[..., None]
-    # Grey a little darker than it is leaves the bright colors to the values
+    # The image is darkened so that only high values look bright
     return PIL.Image.fromarray((255 * (opacity * colors + (1 - opacity) * grey / 1.4)).round().astype(np.uint8))
 
 
 @dataclass(frozen=True)
 class Picture:
     """
-    An image to draw.
+    A cell of [`draw_rows`] with an image.
 
     Args:
         image (`PIL.Image.Image`): the image.
         title (`str`, *optional*): above it.
-        label (`str`, *optional*): beside it, of its row.
+        label (`str`, *optional*): beside it, for its row.
         color (`str`, *optional*): of a frame.
     """
 
@@ -108,7 +76,7 @@ class Picture:
     label: str = ""
     color: str | None = None
 
-    def draw(self, axis: Axes) -> None:
+    def draw(self, axis: "Axes") -> None:
         axis.imshow(self.image.convert("RGB"))
         axis.set_title(self.title, fontsize=10, parse_math=False)
         axis.set_ylabel(self.label, fontsize=11, parse_math=False)
@@ -118,21 +86,21 @@ class Picture:
 @dataclass(frozen=True)
 class Scores:
     """
-    The best labels to draw as bars.
+    A cell of [`draw_rows`] with a bar for each of the top labels.
 
     Args:
-        scores (`list[dict[str, Any]]`): "label" and "score" of each, as pipelines give them.
+        scores (`list[dict[str, Any]]`): "label" and "score" of each, as pipelines return them.
         title (`str`, *optional*): above them.
-        right (`bool`, *optional*, defaults to `True`): whether the first one is, as far as is known.
+        correct (`bool`, *optional*, defaults to `True`): whether the first label is correct, as far as is known.
     """
 
     scores: list[dict[str, Any]]
     title: str = ""
-    right: bool = True
+    correct: bool = True
 
-    def draw(self, axis: Axes) -> None:
+    def draw(self, axis: "Axes") -> None:
         places = range(len(self.scores))
-        colors = [BLUE if self.right else ORANGE] + [GREY] * len(self.scores)
+        colors = [BLUE if self.correct else ORANGE] + [GREY] * len(self.scores)
         axis.barh(places, [entry["score"] for entry in self.scores], height=0.3, color=colors[: len(self.scores)])
         for place, entry in enumerate(self.scores):
             label = f"{entry['label'].split(',')[0][:24]}  {entry['score']:.1%}"
@@ -142,14 +110,18 @@ class Scores:
         axis.spines[["top", "right", "bottom"]].set_visible(False)
 
 
-def draw_rows(rows: Sequence[Sequence[Picture | Scores | None]], heat: str = "") -> Figure:
+def draw_rows(rows: Sequence[Sequence[Picture | Scores | None]], heat: str = "") -> "Figure":
     """
-    Rows of pictures and scores, as many in each.
+    Draws rows of pictures and scores.
 
     Args:
-        rows (`Sequence[Sequence[Picture | Scores | None]]`): what to draw; `None` widens what is before it.
-        heat (`str`, *optional*): what the colors of the pictures with an [`overlay`] mean; by default there are none.
+        rows (`Sequence[Sequence[Picture | Scores | None]]`): the cells, the same number in each row; `None` extends
+            the cell before it.
+        heat (`str`, *optional*): what the colors of an [`overlay`] mean, for a color bar.
     """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
+
     # Rows are as high as their highest picture and its title
     aspects = [max(cell.image.height / cell.image.width for cell in row if isinstance(cell, Picture)) for row in rows]
     aspects = [min(max(aspect, 0.5), 3) for aspect in aspects]
@@ -171,21 +143,4 @@ def draw_rows(rows: Sequence[Sequence[Picture | Scores | None]], heat: str = "")
     return figure
 
 
-def save_figure(figure: Figure, path: Path) -> None:
-    """
-    Writes a picture, whole or not at all.
-
-    Raises:
-        `CommandError`: for a format that Matplotlib cannot write.
-    """
-    formats = figure.canvas.get_supported_filetypes()
-    if path.suffix[1:] not in formats:
-        raise CommandError(f"{path}: the name of a picture ends with one of {', '.join(formats)}")
-    figure.savefig(content := io.BytesIO(), format=path.suffix[1:])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_bytes(content.getvalue())
-    os.replace(unfinished, path)
-
-
-__all__ = ["Picture", "Scores", "display_size", "draw_confusion_matrix", "draw_rows", "overlay", "save_figure"]
+__all__ = ["Picture", "Scores", "display_size", "draw_rows", "overlay"]

@@ -11,18 +11,17 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Batches of images for CrossViT: augmented with torchvision's transforms for training, plain for evaluation."""
+"""From images to batches: augmentation by torchvision, the paper's by timm, and plain images for evaluation."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import PIL.Image
 import torch
+from timm.data import Mixup, auto_augment, create_transform
+from torch import nn
 from torchvision.transforms import v2
-
-from .image_files import check_labels, name_of, read_bytes, read_image
-from .sampling import augmentation_seed
 
 
 @dataclass
@@ -30,143 +29,170 @@ class AugmentationArguments:
     """How images are altered for training, as options of a command. The defaults suit fine-tuning on photos."""
 
     crop_scale: list[float] = field(
-        default_factory=lambda: [0.35, 1.0], metadata={"help": "Least and largest part of an image that is cut out."}
+        default_factory=lambda: [0.35, 1.0],
+        metadata={"help": "Least and largest share of an image in a random crop; 1 1 for whole images."},
     )
     horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of a mirror image."})
-    randaugment_layers: int = field(default=0, metadata={"help": "Operations of RandAugment, used half the time."})
-    randaugment_magnitude: int = field(default=9, metadata={"help": "Their strength, of 10."})
+    auto_augment: str | None = field(
+        default=None, metadata={"help": "Augmentation policy of timm, such as rand-m9-mstd0.5-inc1."}
+    )
     random_erasing: float = field(default=0.0, metadata={"help": "Probability that a rectangle becomes noise."})
-    mixup_alpha: float = field(default=0.0, metadata={"help": "Mixup, 0 for none; with cutmix, one of both."})
+    mixup_alpha: float = field(default=0.0, metadata={"help": "Mixup, 0 for none; with cutmix, either by chance."})
     cutmix_alpha: float = field(default=0.0, metadata={"help": "Cutmix, 0 for none."})
-    augmentation_repeats: int = field(default=1, metadata={"help": "Times that an image is drawn in a row."})
+    augmentation_repeats: int = field(
+        default=1, metadata={"help": "Times that an image is shown in a row (repeated augmentation)."}
+    )
 
     def __post_init__(self):
-        if (
-            not isinstance(self.crop_scale, list)
-            or len(self.crop_scale) != 2
-            or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1
-        ):
-            raise ValueError(f"`crop_scale` must be two parts of an image, such as 0.35 1.0, got {self.crop_scale}.")
+        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(f"`crop_scale` must be two shares of an image, such as 0.35 1.0, got {self.crop_scale}.")
         for name in ("horizontal_flip", "random_erasing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must be a probability, got {getattr(self, name)}.")
-        if not 0 <= self.randaugment_magnitude <= 10:
-            raise ValueError(f"`randaugment_magnitude` must be from 0 to 10, got {self.randaugment_magnitude}.")
-        for name in ("randaugment_layers", "mixup_alpha", "cutmix_alpha"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must be 0 or more, got {getattr(self, name)}.")
         if self.augmentation_repeats < 1:
             raise ValueError(f"`augmentation_repeats` must be 1 or more, got {self.augmentation_repeats}.")
 
-    def transform(self, size: tuple[int, int], mean: list[float], std: list[float]) -> v2.Transform:
-        """
-        The transform of one image for training, in the order of timm's and DeiT's.
+    def mixup(self, num_classes: int) -> Mixup | None:
+        """What mixes the images of a batch and their labels, which become probabilities; `None` if nothing does."""
+        if self.mixup_alpha <= 0 and self.cutmix_alpha <= 0:
+            return None
+        # The loss smooths the labels
+        return Mixup(self.mixup_alpha, self.cutmix_alpha, label_smoothing=0.0, num_classes=num_classes)
 
-        RandAugment is torchvision's. As in timm's "rand-m9-mstd0.5-inc1" an operation is used half the time, and the
-        strength varies by one step of ten with the probabilities of a normal distribution of deviation 0.5. Unlike
-        there, one of the operations is to do nothing, inversion and added solarization are not among them, and
-        posterization keeps four bits or more.
 
-        Args:
-            size (`tuple[int, int]`): height and width in pixels of what comes out.
-            mean (`list[float]`), std (`list[float]`): of the channels, of pixels between 0 and 1.
-        """
-        strengths = [min(max(self.randaugment_magnitude + step, 0), 10) for step in (-1, 0, 1)]
-        operation = v2.RandomChoice(
-            [v2.RandAugment(num_ops=1, magnitude=strength, num_magnitude_bins=11) for strength in strengths],
-            p=[0.1573, 0.6827, 0.16],
-        )
-        return v2.Compose(
+class TrainingTransform:
+    """
+    Alters the images of rows at random, as `set_transform` and `map` of `datasets` ask for.
+
+    With `auto_augment` this is timm's transform, which is that of the paper; else torchvision's random crop and flip.
+
+    Args:
+        args ([`AugmentationArguments`]): what is done.
+        processor ([`CrossViTImageProcessor`]): of the model; its size and normalization.
+
+    Returns of a call:
+        `dict[str, list]`: "pixel_values", of each image (channels, height, width), and "labels".
+    """
+
+    def __init__(self, args: AugmentationArguments, processor: Any):
+        size = output_size(processor)
+        mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+        if args.auto_augment:
+            self.transform: Any = create_transform(
+                (3, *size),
+                is_training=True,
+                scale=(args.crop_scale[0], args.crop_scale[1]),
+                hflip=args.horizontal_flip,
+                auto_augment=args.auto_augment,
+                interpolation="bicubic",
+                mean=mean,
+                std=std,
+                re_prob=args.random_erasing,
+                re_mode="pixel",
+            )
+            for step in self.transform.transforms:
+                for operation in getattr(step, "ops", []):
+                    if operation.aug_fn is auto_augment.posterize:
+                        operation.aug_fn = posterize
+            return
+        bicubic = v2.InterpolationMode.BICUBIC
+        crop: Any = v2.Resize(size, bicubic)
+        if args.crop_scale[0] < 1:
+            crop = v2.RandomResizedCrop(size, args.crop_scale, interpolation=bicubic)
+        self.transform = v2.Compose(
             [
-                # All of an image has its own sides; a part gets sides like those of the result
-                v2.Resize(size, v2.InterpolationMode.BICUBIC)
-                if self.crop_scale[0] == 1
-                else v2.RandomResizedCrop(
-                    size, scale=tuple(self.crop_scale), interpolation=v2.InterpolationMode.BICUBIC
-                ),
-                v2.RandomHorizontalFlip(self.horizontal_flip),
-                *[v2.RandomApply([operation], p=0.5)] * self.randaugment_layers,
+                crop,
+                v2.RandomHorizontalFlip(args.horizontal_flip),
                 v2.PILToTensor(),
                 v2.ToDtype(torch.float32, scale=True),
                 v2.Normalize(mean, std),
-                v2.RandomErasing(self.random_erasing, value="random"),
+                v2.RandomErasing(args.random_erasing, value="random"),
             ]
         )
 
-    def mixing(self, num_classes: int) -> v2.Transform | None:
-        """The transform that mixes the images of a batch and their labels, which become probabilities, or none."""
-        mixings: list[v2.Transform] = []
-        if self.mixup_alpha > 0:
-            mixings.append(v2.MixUp(alpha=self.mixup_alpha, num_classes=num_classes))
-        if self.cutmix_alpha > 0:
-            mixings.append(v2.CutMix(alpha=self.cutmix_alpha, num_classes=num_classes))
-        return v2.RandomChoice(mixings) if mixings else None
+    def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return {"pixel_values": [self.transform(image) for image in rows["image"]], "labels": rows["labels"]}
 
 
-class ImageCollator:
+def posterize(image: PIL.Image.Image, bits: int, **kwargs) -> PIL.Image.Image:
+    """Keeps one bit where timm (1.0.31) asks for none, at full strength, which Pillow refuses since its release 13."""
+    return auto_augment.posterize(image, max(bits, 1))
+
+
+class EvaluationTransform:
+    """As [`TrainingTransform`], of the image processor without any chance."""
+
+    def __init__(self, processor: Any):
+        self.processor = processor
+
+    def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        pixel_values = self.processor(rows["image"], return_tensors="pt")["pixel_values"]
+        return {"pixel_values": list(pixel_values), "labels": rows["labels"]}
+
+
+class Collator:
     """
-    Makes a batch of rows of an [`ImageDataset`] or [`ImageStream`]:
-    those that were drawn for training are augmented, the others go through the image processor alone.
-
-    An augmentation is a function of the seed, the epoch and the image (mixing: of the last image of the batch): the
-    same in any worker or process, from disk and from a stream, and after a restart.
+    Makes a batch of transformed rows.
 
     Args:
-        processor ([`CrossViTImageProcessor`]): of the model; training images get its size and normalization.
-        num_classes (`int`): the labels are smaller.
+        num_classes (`int`): all labels are smaller.
         multi_label (`bool`): whether labels are lists, which become rows of zeros and ones.
-        augmentation ([`AugmentationArguments`], *optional*): none if absent.
-        seed (`int`): of the augmentation.
+        mixup ([`~timm.data.Mixup`], *optional*): mixes images with one label each.
 
     Returns of a call:
         `dict[str, torch.Tensor]`: "pixel_values" (batch, channels, height, width), and "labels": (batch) classes;
-        (batch, classes) ones for each label of an image, or probabilities if images were mixed.
+        (batch, classes) ones for each label of an image, or probabilities if images are mixed.
     """
 
-    def __init__(
-        self,
-        processor: Any,
-        num_classes: int,
-        multi_label: bool = False,
-        augmentation: AugmentationArguments | None = None,
-        seed: int = 0,
-    ):
-        augmentation = augmentation or AugmentationArguments(crop_scale=[1.0, 1.0], horizontal_flip=0.0)
-        self.processor, self.num_classes, self.multi_label, self.seed = processor, num_classes, multi_label, seed
-        self.transform = augmentation.transform(output_size(processor), processor.image_mean, processor.image_std)
-        self.mixing = augmentation.mixing(num_classes)
-        if multi_label and self.mixing:
-            raise ValueError("`mixup_alpha` and `cutmix_alpha` mix images with one label each: set them to 0.")
+    def __init__(self, num_classes: int, multi_label: bool = False, mixup: Mixup | None = None):
+        self.num_classes, self.multi_label, self.mixup = num_classes, multi_label, mixup
 
-    def __call__(self, examples: list[dict[str, Any] | None]) -> dict[str, torch.Tensor]:
-        if examples[0] is None:  # of a batch that a resumed stream passes over
-            return {}
-        for example in examples:
-            check_labels(example["labels"], self.num_classes, name_of(example, "an image without a name"))
-        labels = self.labels([example["labels"] for example in examples])
-        if "draw" not in examples[0]:
-            images = [read_image(example["image"]) for example in examples]
-            return {"pixel_values": self.processor(images, return_tensors="pt")["pixel_values"], "labels": labels}
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        pixel_values = torch.stack([row["pixel_values"] for row in rows])
+        if self.multi_label:
+            labels = torch.zeros(len(rows), self.num_classes)
+            for row, ones in zip(rows, labels):
+                ones[row["labels"]] = 1
+            return {"pixel_values": pixel_values, "labels": labels}
+        labels = torch.tensor([row["labels"] for row in rows])
+        if self.mixup is None:
+            return {"pixel_values": pixel_values, "labels": labels}
+        if len(rows) % 2:  # timm mixes pairs: a last batch of odd length stays as it is
+            labels = nn.functional.one_hot(labels, self.num_classes).to(pixel_values.dtype)
+        else:
+            pixel_values, labels = self.mixup(pixel_values, labels)
+        return {"pixel_values": pixel_values, "labels": labels}
 
-        pixel_values = []
-        for example in examples:
-            content = read_bytes(example["image"])
-            seed = augmentation_seed(self.seed, example["draw"], content)
-            with random_numbers(seed):
-                pixel_values.append(self.transform(read_image(example["image"], content)))
-        batch = torch.stack(pixel_values)
-        if self.mixing:
-            with random_numbers(seed + 1):
-                batch, labels = self.mixing(batch, labels)
-        return {"pixel_values": batch, "labels": labels}
 
-    def labels(self, labels: list[Any]) -> torch.Tensor:
-        if not self.multi_label:
-            return torch.tensor(labels)
-        rows = torch.zeros(len(labels), self.num_classes)
-        for row, indices in zip(rows, labels):
-            row[indices] = 1
-        return rows
+class RepeatedAugmentationSampler(torch.utils.data.Sampler):
+    """
+    Draws each image several times, to be altered in different ways (Hoffer et al. 2020, as in DeiT, section 6).
+
+    An epoch has as many draws as there are images, so it shows only a part of them. As in DeiT, an image is repeated
+    in batches that follow one another, on different devices or accumulated, so that no batch has it twice.
+
+    Args:
+        length (`int`): number of images.
+        repeats (`int`): how often an image is drawn.
+        batch_size (`int`): images per device and step.
+        seed (`int`): of the order.
+    """
+
+    def __init__(self, length: int, repeats: int, batch_size: int, seed: int):
+        self.length, self.repeats, self.batch_size, self.seed = length, repeats, batch_size, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        batches = torch.randperm(self.length, generator=generator).split(self.batch_size)
+        repeated = torch.cat([batch for batch in batches for _ in range(self.repeats)])
+        return iter(repeated[: self.length].tolist())
 
 
 def output_size(processor: Any) -> tuple[int, int]:
@@ -177,15 +203,10 @@ def output_size(processor: Any) -> tuple[int, int]:
     return size["height"], size["width"]
 
 
-@contextmanager
-def random_numbers(seed: int) -> Iterator[None]:
-    """The random numbers of the CPU from this seed; afterwards they go on as if nothing had been."""
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would reach the accelerators too
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
-
-
-__all__ = ["AugmentationArguments", "ImageCollator"]
+__all__ = [
+    "AugmentationArguments",
+    "Collator",
+    "EvaluationTransform",
+    "RepeatedAugmentationSampler",
+    "TrainingTransform",
+]

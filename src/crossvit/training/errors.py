@@ -18,12 +18,4 @@ class CommandError(ValueError):
     """What the user did, gave or met, in one line that names it and the remedy."""
 
 
-class ImageDatasetError(CommandError):
-    """What is wrong with the images or labels of a user; it names the file or the row."""
-
-
-class ResumeError(CommandError):
-    """A run that cannot go on."""
-
-
-__all__ = ["CommandError", "ImageDatasetError", "ResumeError"]
+__all__ = ["CommandError"]

@@ -22,9 +22,9 @@ from ..image_processing_crossvit import CrossViTImageProcessor
 PAPER_EDGE, PAPER_CROP = 8, 7  # the paper's evaluation cuts 240 out of 274 pixels
 
 
-def make_image_processor(config: CrossViTConfig, **kwargs) -> CrossViTImageProcessor:
-    """An image processor for a model that has none yet; `kwargs` are its other options."""
-    processor = CrossViTImageProcessor(**kwargs)
+def make_image_processor(config: CrossViTConfig) -> CrossViTImageProcessor:
+    """An image processor for a model that has none yet."""
+    processor = CrossViTImageProcessor()
     set_processor_size(processor, config.image_sizes[0], PAPER_EDGE, PAPER_CROP)
     return processor
 
@@ -34,7 +34,7 @@ def set_processor_size(processor: Any, image_size: tuple[int, int], edge: int, c
     height, width = image_size
     processor.do_resize = processor.do_center_crop = True
     processor.crop_size = {"height": height, "width": width}
-    # An image is rarely a rectangle of just these sides: cut out of the middle it would lack much or get a margin
+    # Few images have the sides of a rectangle: a centre crop would cut off much of them
     processor.size = {"shortest_edge": height * edge // crop} if height == width else dict(processor.crop_size)
 
 
@@ -43,8 +43,7 @@ def set_image_size(model: Any, processor: Any, height: int, width: int) -> None:
     Makes another image size native to a model and its image processor, for good: the first branch takes images of
     `height` and `width` pixels, the others keep their ratio to it, rounded to whole patches.
 
-    Square images are cut out of the middle of the same part of an image as before; for others, images are resized to
-    just these sides.
+    The centre crop of square images keeps its share of an image; for other sizes, images are resized to these sides.
 
     Args:
         model ([`CrossViTForImageClassification`]): its position embeddings are interpolated.

@@ -12,88 +12,76 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Metrics of image classification, as metrics of the library evaluate that need no script from the Hub.
+Metrics of image classification by scikit-learn, as metrics of the library evaluate that need no script from the Hub.
 
 Each one has what the Trainer asks for: `Trainer(..., compute_metrics=metric.of_prediction,
 preprocess_logits_for_metrics=metric.reduce_logits)`.
 """
 
+from pathlib import Path
 from typing import Any
 
 import datasets
 import evaluate
 import numpy as np
+import sklearn.metrics
 import torch
-from torch import nn
+from matplotlib.figure import Figure
 from transformers import EvalPrediction
 
 
-CITATION = """\
-@inproceedings{chen2021crossvit,
-  title={{CrossViT: Cross-Attention Multi-Scale Vision Transformer for Image Classification}},
-  author={Chen, Chun-Fu (Richard) and Fan, Quanfu and Panda, Rameswar},
-  booktitle={ICCV},
-  year={2021}
-}"""
-
 TOP_K = 5
+MAX_NAMES = 40  # more class names do not fit beside a confusion matrix
 
 
-class SingleLabelMetric(evaluate.Metric):
-    """
-    Accuracy, top-5 accuracy and macro F1 of images with one label each.
+class OfflineMetric(evaluate.Metric):
+    """A metric in memory, whose features are those of a prediction and a reference."""
 
-    Inputs:
-        predictions (`list[list[int]]`): the classes of an image, the most likely first; five of them, or all.
-        references (`list[int]`): its class; images with -100 do not count.
-
-    Results:
-        `dict[str, float]`: "accuracy", "top5_accuracy" (with fewer than five classes, always 1) and "f1": the mean of
-        the F1 scores of all classes that occur, as scikit-learn's macro average.
-    """
-
-    names = ("accuracy", "top5_accuracy", "f1")
+    columns: dict[str, Any]
 
     def __init__(self, **kwargs):
         super().__init__(**{"keep_in_memory": True, **kwargs})
 
     def _info(self) -> evaluate.MetricInfo:
-        features = {"predictions": datasets.Sequence(datasets.Value("int64")), "references": datasets.Value("int64")}
-        return evaluate.MetricInfo(self.__doc__, CITATION, datasets.Features(features), inputs_description="")
+        return evaluate.MetricInfo(
+            description=self.__doc__, citation="", features=datasets.Features(self.columns), inputs_description=""
+        )
+
+
+class SingleLabelMetric(OfflineMetric):
+    """
+    Accuracy and macro F1 of images with one label each, and top-5 accuracy if there are more than five classes.
+
+    Inputs:
+        predictions (`list[list[int]]`): the classes of an image, the most likely first, of `reduce_logits`.
+        references (`list[int]`): its class; images with -100 do not count.
+
+    Results:
+        `dict[str, float]`: "accuracy", "f1" (the mean over all classes that occur) and "top5_accuracy".
+    """
+
+    columns = {"predictions": datasets.Sequence(datasets.Value("int64")), "references": datasets.Value("int64")}
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        ranking, labels = without_ignored(np.asarray(predictions), np.asarray(references))
-        if not len(labels):
-            raise ValueError("There is no image with a label to compute the metrics of.")
-        hits = ranking[:, :TOP_K] == labels[:, None]
-        classes = int(max(ranking.max(), labels.max())) + 1
-        predicted, present = np.bincount(ranking[:, 0], minlength=classes), np.bincount(labels, minlength=classes)
-        matches = np.bincount(labels[hits[:, 0]], minlength=classes)
-        occurs = predicted + present > 0
-        return {
-            "accuracy": float(hits[:, 0].mean()),
-            "top5_accuracy": float(hits.any(axis=1).mean()),
-            "f1": float(np.mean(2 * matches[occurs] / (predicted + present)[occurs])),
+        ranking, labels = np.asarray(predictions), np.asarray(references)
+        ranking, labels = ranking[labels != -100], labels[labels != -100]
+        results = {
+            "accuracy": sklearn.metrics.accuracy_score(labels, ranking[:, 0]),
+            "f1": sklearn.metrics.f1_score(labels, ranking[:, 0], average="macro"),
         }
+        if ranking.shape[1] == TOP_K:
+            results["top5_accuracy"] = float((ranking == labels[:, None]).any(axis=1).mean())
+        return results
 
-    def rank(self, logits: torch.Tensor) -> torch.Tensor:
-        """The most likely classes (batch, 5) by logits (batch, classes)."""
-        return logits.topk(min(TOP_K, logits.shape[-1])).indices
-
-    def reduce_logits(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        What is kept of logits (batch, classes), which together need not fit in memory: the ranking, and the loss of
-        each image. The Trainer's own loss is a mean of means of batches, where images of a short one weigh more.
-        """
-        return self.rank(logits), nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+    def reduce_logits(self, logits: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Of logits (batch, classes) the five most likely classes (batch, 5), or the best (batch, 1) of up to five."""
+        return logits.topk(TOP_K if logits.shape[-1] > TOP_K else 1).indices
 
     def of_prediction(self, prediction: EvalPrediction) -> dict[str, float]:
-        ranking, losses = tuple(prediction.predictions)
-        metrics = self.compute(predictions=ranking, references=prediction.label_ids)
-        return {"loss": mean_loss(losses[np.asarray(prediction.label_ids) != -100]), **metrics}
+        return self.compute(predictions=prediction.predictions, references=prediction.label_ids)
 
 
-class MultiLabelMetric(evaluate.Metric):
+class MultiLabelMetric(OfflineMetric):
     """
     Metrics of images with any number of labels each: a class is predicted if its probability is at least a half.
 
@@ -103,62 +91,53 @@ class MultiLabelMetric(evaluate.Metric):
 
     Results:
         `dict[str, float]`: "label_accuracy" of single labels, "exact_match" of all labels of an image, "f1": the mean
-        over the classes (of one without labels and predictions it is 0, as in scikit-learn), and "micro_f1": over all
-        labels.
+        over the classes, and "micro_f1": over all labels.
     """
 
-    names = ("label_accuracy", "exact_match", "f1", "micro_f1")
-
-    def __init__(self, **kwargs):
-        super().__init__(**{"keep_in_memory": True, **kwargs})
-
-    def _info(self) -> evaluate.MetricInfo:
-        features = {name: datasets.Sequence(datasets.Value("int64")) for name in ("predictions", "references")}
-        return evaluate.MetricInfo(self.__doc__, CITATION, datasets.Features(features), inputs_description="")
+    columns = dict.fromkeys(("predictions", "references"), datasets.Sequence(datasets.Value("int64")))
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        predicted, labels = np.asarray(predictions, dtype=bool), np.asarray(references, dtype=bool)
-        if not len(labels):
-            raise ValueError("There is no image with labels to compute the metrics of.")
-        matches = (predicted & labels).sum(axis=0)
-        marked = predicted.sum(axis=0) + labels.sum(axis=0)
+        predicted, labels = np.asarray(predictions), np.asarray(references)
         return {
-            "label_accuracy": float((predicted == labels).mean()),
-            "exact_match": float((predicted == labels).all(axis=1).mean()),
-            "f1": float(np.mean(2 * matches / np.maximum(marked, 1))),
-            "micro_f1": float(2 * matches.sum() / max(marked.sum(), 1)),
+            "label_accuracy": 1 - sklearn.metrics.hamming_loss(labels, predicted),
+            "exact_match": sklearn.metrics.accuracy_score(labels, predicted),
+            "f1": sklearn.metrics.f1_score(labels, predicted, average="macro", zero_division=0),
+            "micro_f1": sklearn.metrics.f1_score(labels, predicted, average="micro", zero_division=0),
         }
 
-    def reduce_logits(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As in [`SingleLabelMetric`]: the predictions (batch, classes) and losses (batch)."""
-        losses = nn.functional.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="none")
-        return (logits >= 0).long(), losses.mean(dim=-1)
+    def reduce_logits(self, logits: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """The predictions (batch, classes), zeros and ones."""
+        return (logits >= 0).long()
 
     def of_prediction(self, prediction: EvalPrediction) -> dict[str, float]:
-        predicted, losses = tuple(prediction.predictions)
-        metrics = self.compute(predictions=predicted, references=np.asarray(prediction.label_ids).astype(int))
-        return {"loss": mean_loss(losses), **metrics}
+        return self.compute(predictions=prediction.predictions, references=np.asarray(prediction.label_ids, dtype=int))
 
 
-def confusion_matrix(predictions: np.ndarray, references: np.ndarray, num_classes: int) -> np.ndarray:
+def save_confusion_matrix(path: Path, prediction: Any, class_names: list[str]) -> None:
     """
-    Counts images (classes, classes) by their class, the row, and by what they were taken for, the column.
+    Draws the share of the images of each class, the row, by their predicted class.
 
     Args:
-        predictions (`np.ndarray`): classes (images), or rankings (images, k), of which the first counts.
-        references (`np.ndarray`): classes (images); images with -100 do not count.
+        path (`Path`): of the picture.
+        prediction ([`~transformers.trainer_utils.PredictionOutput`]): of [`SingleLabelMetric`].
+        class_names (`list[str]`): of all classes.
     """
-    predictions, references = without_ignored(np.asarray(predictions), np.asarray(references))
-    best = predictions[:, 0] if predictions.ndim == 2 else predictions
-    return np.bincount(references * num_classes + best, minlength=num_classes**2).reshape(num_classes, num_classes)
+    side = min(4 + 0.35 * len(class_names), 16)
+    figure = Figure(figsize=(side + 1.2, side), layout="constrained")
+    few = len(class_names) <= MAX_NAMES
+    sklearn.metrics.ConfusionMatrixDisplay.from_predictions(
+        prediction.label_ids,
+        prediction.predictions[:, 0],
+        labels=range(len(class_names)),
+        display_labels=[name.split(",")[0][:24].replace("$", r"\$") for name in class_names] if few else None,
+        normalize="true",
+        include_values=few,
+        values_format=".2g",
+        xticks_rotation="vertical",
+        cmap="cividis",
+        ax=figure.subplots(),
+    )
+    figure.savefig(path)
 
 
-def mean_loss(losses: Any) -> float:
-    return float(np.mean(losses, dtype=np.float64))
-
-
-def without_ignored(predictions: np.ndarray, references: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return predictions[references != -100], references[references != -100]
-
-
-__all__ = ["MultiLabelMetric", "SingleLabelMetric", "confusion_matrix"]
+__all__ = ["MultiLabelMetric", "SingleLabelMetric", "save_confusion_matrix"]

@@ -11,32 +11,30 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""
-The Trainer for CrossViT: the recipe's loss, weight decay and sampling, checkpoints that survive a crash, and a model
-card that says what is known.
-"""
+"""The Trainer for CrossViT: the recipe's loss, weight decay, sampling and moving average, and its model card."""
 
 import contextlib
-import errno
 import json
-import shutil
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..configuration_crossvit import CrossViTConfig
 from ..modeling_crossvit import CrossViTForImageClassification
-from .averaging import ExponentialMovingAverage, check_decay
-from .errors import ResumeError
-from .model_card import write_model_card
-from .resuming import FILES_NAME
-from .sampling import AugmentationSampler, ImageDataset, ImageStream
+from .augmentation import RepeatedAugmentationSampler
+from .ema import ExponentialMovingAverage
 
+
+logger = logging.getLogger(__name__)
 
 # Beside model.safetensors, which then holds the average, in a checkpoint of a training that goes on
 TRAINING_WEIGHTS_NAME = "training_weights.safetensors"
@@ -47,44 +45,48 @@ class CrossViTTrainer(Trainer):
     Transformers' [`~transformers.Trainer`], which differs where a CrossViT or its recipe asks for it:
 
     - class tokens and position embeddings are not decayed, as in the reference;
-    - labels may be probabilities, as mixup and cutmix make them, and label smoothing then works as well. The loss of
-      any kind of labels is a mean over all images of a step, however they are spread over processes and accumulated;
-    - an [`ImageDataset`] is drawn by an
-      [`AugmentationSampler`], and a resumed
-      [`ImageStream`] passes over what it has shown without decoding it;
-    - on request, an exponential moving average of the weights is evaluated and saved;
-    - a checkpoint tells whether it is complete ([`last_complete_checkpoint`]), and a disk that
-      cannot hold it is noticed before the training;
-    - the model card is right about weights that were loaded from a folder.
+    - labels may be probabilities, as mixup and cutmix make them, with label smoothing or without. The loss of any kind
+      of labels is a mean over all images of a step, however they are spread over processes and accumulated;
+    - images are repeated, and a moving average of the weights is evaluated and saved, on request;
+    - a model that FSDP has sharded is saved as a whole one;
+    - the model card knows where weights from a folder come from.
 
     Args:
         average_decay (`float`, *optional*):
-            Decay of the [`ExponentialMovingAverage`]; none by default.
+            Decay of the [`ExponentialMovingAverage`], between 0 and 1; none by default.
+        train_data_collator (`Callable`, *optional*):
+            Makes the batches of the training, `data_collator` those of evaluations and, by default, both.
+        augmentation_repeats (`int`, *optional*, defaults to 1):
+            How often an image is drawn, by a [`RepeatedAugmentationSampler`] if more than once.
         args, kwargs:
             As in [`~transformers.Trainer`].
     """
 
-    def __init__(self, *args, average_decay: float | None = None, **kwargs):
-        if average_decay is not None:
-            check_decay(average_decay)
+    def __init__(
+        self,
+        *args,
+        average_decay: float | None = None,
+        train_data_collator: Any = None,
+        augmentation_repeats: int = 1,
+        **kwargs,
+    ):
+        if average_decay is not None and not 0 < average_decay < 1:
+            raise ValueError(f"`average_decay` must be between 0 and 1, got {average_decay}.")
         self.average_decay = average_decay
+        self.train_data_collator = train_data_collator
+        self.augmentation_repeats = augmentation_repeats
         self.average: ExponentialMovingAverage | None = None
-        self.train_sampler: AugmentationSampler | None = None
+        self.repeating_sampler: RepeatedAugmentationSampler | None = None
         super().__init__(*args, **kwargs)
         if average_decay is not None and (self.is_fsdp_enabled or self.model_init is not None):
-            raise ValueError(
-                "`average_decay` needs one whole model: it works neither with FSDP nor with `model_init`."
-            )
+            raise ValueError("`average_decay` needs a whole model: it works neither with FSDP nor with `model_init`.")
         if self.compute_loss_func is None and isinstance(base_model(self.model), CrossViTForImageClassification):
             self.compute_loss_func = self.classification_loss
         self.add_callback(TrainingSteps(self))
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        if not self.is_deepspeed_enabled:
-            # The Trainer scales losses by itself; that of 5.4 lets accelerate divide them once more
-            self.accelerator.gradient_accumulation_steps = 1
-        # Accelerate would wrap the embeddings as well as the module in them that FSDP2 takes for the input embeddings
+        # Accelerate would wrap the embeddings as well as the module in them that FSDP2 considers the input embeddings
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
             plugin.transformer_cls_names_to_wrap = ["CrossViTLayer", "CrossViTFusion"]
@@ -101,7 +103,7 @@ class CrossViTTrainer(Trainer):
             num_items_in_batch (`int`, *optional*): the number of all labels of the step, of all processes.
         """
         logits = outputs["logits"].float()
-        config: Any = self.model.config
+        config: Any = base_model(self.model).config
         problem = config.problem_type
         if problem is None and config.num_labels == 1:
             problem = "regression"
@@ -116,7 +118,7 @@ class CrossViTTrainer(Trainer):
             # Smoothing belongs to training; evaluations stay comparable
             smoothing = self.args.label_smoothing_factor if logits.requires_grad else 0.0
             loss = nn.functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
-            # An image has as many probabilities as there are classes, and counts once
+            # The Trainer counts all probabilities of an image as items, and an image counts once
             loss = loss * (labels.numel() / len(labels))
         if num_items_in_batch is None:
             return loss / labels.ne(-100).sum().clamp(min=1)
@@ -128,75 +130,58 @@ class CrossViTTrainer(Trainer):
         names = super().get_decay_parameter_names(model)
         return [name for name in names if not name.endswith(("cls_token", "position_embeddings"))]
 
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        data_collator = self.data_collator
+        self.data_collator = self.train_data_collator or data_collator
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = data_collator
+
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if not isinstance(dataset, ImageDataset):
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        if self.augmentation_repeats == 1:
             return super()._get_train_sampler(train_dataset)
-        seed = order_seed(self.args)
-        self.train_sampler = AugmentationSampler(len(dataset), seed, dataset.repeats, self._train_batch_size)
-        return self.train_sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self.repeating_sampler = RepeatedAugmentationSampler(
+            len(dataset), self.augmentation_repeats, self._train_batch_size, seed
+        )
+        return self.repeating_sampler
 
     def create_model_card(self, **kwargs) -> None:
         """
-        Writes README.md into `args.output_dir`. [`~transformers.Trainer.push_to_hub`] calls it with its own options.
-
-        Args:
-            kwargs (`dict[str, Any]`, *optional*): as in [`write_model_card`].
+        As [`~transformers.Trainer.create_model_card`], with what it lacks: the origin of weights from a folder,
+        rounded metrics, and columns in one order where the log of a resumed training has two.
         """
-        if not isinstance(self.accelerator.unwrap_model(self.model), CrossViTForImageClassification):
-            super().create_model_card(**kwargs)  # adapters have a card of their own
-        elif self.is_world_process_zero():
-            write_model_card(self, **kwargs)
+        config = base_model(self.accelerator.unwrap_model(self.model)).config
+        log_history = self.state.log_history
+        self.state.log_history = [
+            {name: round(value, 4) if isinstance(value, float) else value for name, value in sorted(entry.items())}
+            for entry in log_history
+        ]
+        tags = ["image-classification", "vision", "crossvit", "generated_from_trainer"]
+        origin = find_base_model(config) or ""
+        super().create_model_card(
+            **{"tasks": "image-classification", "tags": tags, "finetuned_from": origin, **kwargs}
+        )
+        self.state.log_history = log_history
+        if self.is_world_process_zero():
+            card = Path(self.args.output_dir) / "README.md"
+            unknown = "is a fine-tuned version of [](https://huggingface.co/)"
+            known = "was trained from scratch"
+            if config._name_or_path:
+                known = "is a fine-tuned version of a local checkpoint"
+            card.write_text(card.read_text(encoding="utf-8").replace(unknown, known), encoding="utf-8")
 
     def train(self, *args, **kwargs) -> Any:
-        """
-        As [`~transformers.Trainer.train`]. The model has the average of its weights afterwards, if there is one.
-
-        Raises:
-            `OSError`: if the disk has no room for the checkpoints, before the training or in its course.
-        """
-        self.check_disk_space()
+        """As [`~transformers.Trainer.train`]. The model has the average of its weights afterwards, if there is one."""
         if self.average_decay is not None:
             self.average = ExponentialMovingAverage(self.model, self.average_decay)
-        try:
-            result = super().train(*args, **kwargs)
-        except Exception as error:
-            if self.free_disk_space() < self.checkpoint_size():
-                message = (
-                    f"the disk is full at step {self.state.global_step}, what was saved before is whole ({error})"
-                )
-                raise OSError(errno.ENOSPC, message, str(self.args.output_dir)) from error
-            raise
+        result = super().train(*args, **kwargs)
         if self.average is not None:
             self.average.apply()
             self.average = None
         return result
-
-    def checkpoint_size(self) -> int:
-        """Bytes of a training checkpoint: the weights, two moments of the trained ones, and their average."""
-        trained = sum(parameter.nbytes for parameter in self.model.parameters() if parameter.requires_grad)
-        adapted = base_model(self.model) is not self.model  # the rest is not saved
-        weights = trained if adapted else sum(parameter.nbytes for parameter in self.model.parameters())
-        return weights + (2 + (self.average_decay is not None)) * trained
-
-    def free_disk_space(self) -> int:
-        folder = Path(self.args.output_dir).absolute()
-        while not folder.exists():
-            folder = folder.parent
-        return shutil.disk_usage(folder).free
-
-    def check_disk_space(self) -> None:
-        present = len(list(Path(self.args.output_dir).glob("checkpoint-*")))
-        # One more than are kept: the oldest is deleted when the newest is there
-        checkpoints = max((self.args.save_total_limit or 1) + 1 - present, 1)
-        needed = self.checkpoint_size() * (checkpoints if self.args.save_strategy != SaveStrategy.NO else 1)
-        if (free := self.free_disk_space()) < needed:
-            raise OSError(
-                errno.ENOSPC,
-                f"the checkpoints need {needed / 2**20:,.0f} MiB and the disk has {free / 2**20:,.0f}: make room, save"
-                " less with --save_total_limit, or elsewhere with --output_dir",
-                str(self.args.output_dir),
-            )
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.average is None else self.average.applied()
@@ -210,25 +195,19 @@ class CrossViTTrainer(Trainer):
             return super().predict(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with self.averaged() if self.args.should_save else contextlib.nullcontext():
+        with self.averaged():
             super()._save(output_dir, state_dict)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
-        As in [`~transformers.Trainer.save_model`], but of a model that FSDP has sharded: a whole model that
-        `from_pretrained` loads, whatever the checkpoints are made of; and beside the shards of a checkpoint its
-        configuration and image processor, so that it can be loaded once `accelerate merge-weights` has merged them.
+        As [`~transformers.Trainer.save_model`], but of a model that FSDP has sharded a whole model that
+        `from_pretrained` loads. Checkpoints of the training remain what FSDP makes of them.
         """
         super().save_model(output_dir, _internal_call)
-        if not self.is_fsdp_enabled or "SHARDED" not in str(self.accelerator.state.fsdp_plugin.state_dict_type):
-            return
         folder = output_dir or self.args.output_dir
-        if not Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR):
-            self._save(folder, state_dict=self.accelerator.get_state_dict(self.model))
-        elif self.args.should_save:
-            base_model(self.accelerator.unwrap_model(self.model)).config.save_pretrained(folder)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
+        if self.is_fsdp_enabled and not Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR):
+            if "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+                self._save(folder, state_dict=self.accelerator.get_state_dict(self.model))
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -243,20 +222,9 @@ class CrossViTTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.average is not None:
-            self.average.restart()
+            self.average = ExponentialMovingAverage(self.model, self.average_decay)
             weights = load_file(Path(resume_from_checkpoint) / TRAINING_WEIGHTS_NAME)
             self.model.load_state_dict(weights, strict=False)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # The last files but the Trainer's own state, which says that this list is whole
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            folder = Path(output_dir)
-            files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
-            # Of an earlier attempt at this checkpoint, they may be there already
-            sizes = {n: file.stat().st_size for n, file in files.items() if n not in (FILES_NAME, TRAINER_STATE_NAME)}
-            (folder / FILES_NAME).write_text(json.dumps(sizes, indent=2))
 
 
 class TrainingSteps(TrainerCallback):
@@ -265,37 +233,53 @@ class TrainingSteps(TrainerCallback):
     def __init__(self, trainer: CrossViTTrainer):
         self.trainer = trainer
 
-    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs) -> None:
-        # Where it is now: the folder may have been moved since
-        best = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
-        if state.best_global_step and best.is_dir():
-            state.best_model_checkpoint = str(best)
-        elif state.best_global_step and args.load_best_model_at_end:
-            raise ResumeError(f"{best}: the best checkpoint so far is missing; use another --output_dir to begin anew")
-        stream = self.trainer.train_dataset
-        if isinstance(stream, ImageStream):
-            stream.ended = state.global_step >= state.max_steps
-        if isinstance(stream, ImageStream) and not args.ignore_data_skip:
-            batches = state.global_step * args.gradient_accumulation_steps
-            stream.skip(batches, self.trainer._train_batch_size * args.world_size)
-
     def on_epoch_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs) -> None:
         # Several processes that resume within an epoch are not told which one it is
-        if self.trainer.train_sampler is not None:
-            self.trainer.train_sampler.set_epoch(int(state.epoch or 0))
+        if self.trainer.repeating_sampler is not None:
+            self.trainer.repeating_sampler.set_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs) -> None:
         if self.trainer.average is not None:
             self.trainer.average.update(state.global_step)
 
 
-def order_seed(args: TrainingArguments) -> int:
-    """The seed of the order of the images."""
-    return args.seed if args.data_seed is None else args.data_seed
+def last_usable_checkpoint(output_dir: str | Path) -> str | None:
+    """
+    The newest checkpoint of a run whose `trainer_state.json`, which the Trainer writes last, is there and whose
+    weights load; [`~transformers.trainer_utils.get_last_checkpoint`] returns what a killed process began to write.
+    """
+    checkpoints = [
+        folder
+        for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if folder.name.rpartition("-")[2].isdecimal()
+    ]
+    for checkpoint in sorted(checkpoints, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True):
+        try:
+            TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            for file in checkpoint.glob("*.safetensors"):
+                with safe_open(file, "pt"):  # compares the length of the file with its header
+                    pass
+            return str(checkpoint)
+        except (OSError, SafetensorError, TypeError, ValueError) as error:
+            logger.warning(f"{checkpoint} is not complete and not used: {error}")
+    return None
+
+
+def find_base_model(config: CrossViTConfig) -> str | None:
+    """The repository that a model was loaded from, or that the folder it was loaded from names as its origin."""
+    origin = Path(config._name_or_path)
+    if not origin.is_dir() or not config._name_or_path:
+        return config._name_or_path or None
+    record, card = origin / "conversion.json", origin / "README.md"
+    if record.is_file():
+        return json.loads(record.read_text(encoding="utf-8")).get("source", {}).get("repository")
+    base = ModelCard.load(card).data.get("base_model") if card.is_file() else None
+    return base if isinstance(base, str) else None
 
 
 def base_model(model: Any) -> Any:
+    """The model without the adapters of PEFT."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-__all__ = ["CrossViTTrainer"]
+__all__ = ["CrossViTTrainer", "last_usable_checkpoint"]

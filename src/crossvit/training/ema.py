@@ -20,34 +20,22 @@ import torch
 from torch import nn
 
 
-def check_decay(decay: float) -> None:
-    if not 0 < decay < 1:
-        raise ValueError(f"The decay of the average of the weights must be between 0 and 1, got {decay}.")
-
-
 class ExponentialMovingAverage:
     """
-    The mean of the trainable weights over their last steps, which often classifies better than the last weights do.
+    The mean of the trainable weights over the last steps, which often classifies better than the last weights do.
 
     Args:
         model (`nn.Module`): the average begins with its weights.
         decay (`float`):
-            Part of the average that stays at each step; less at first, `(1 + step) / (10 + step)`, so that a short
-            training is not the average of its beginning.
+            Share of the average that stays at each step, between 0 and 1; less at first, `(1 + step) / (10 + step)`,
+            so that a short training is not the average of its beginning.
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        check_decay(decay)
         self.decay = decay
         self.parameters: list[torch.Tensor] = [
             parameter for parameter in model.parameters() if parameter.requires_grad
         ]
-        if not self.parameters:
-            raise ValueError("The model has no trainable weights to average.")
-        self.restart()
-
-    def restart(self) -> None:
-        """Begins anew with the present weights."""
         # In single precision at least: half precision has no room for steps of a thousandth
         types = [torch.promote_types(parameter.dtype, torch.float32) for parameter in self.parameters]
         self.averages = [parameter.detach().to(dtype, copy=True) for parameter, dtype in zip(self.parameters, types)]

@@ -1,0 +1,390 @@
+# Copyright 2026 The CrossViT for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Image data sets for training and evaluation: `datasets` loads, splits and decodes them; what is wrong is named."""
+
+import glob
+import itertools
+import os
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+from .errors import CommandError
+
+
+# The names of split folders and of splits, and what they are called here
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+
+
+@dataclass
+class ImageSource:
+    """Where images and labels are read from, as options of a command."""
+
+    data: str = field(
+        default="",
+        metadata={
+            "help": "Folder of images (with a folder per class or metadata.jsonl; in train/, validation/ and test/, if"
+            " it has these), folder of `Dataset.save_to_disk`, or data set on the Hub."
+        },
+    )
+    data_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
+    data_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of it on the Hub."})
+    image_column: str | None = field(default=None, metadata={"help": "Default: the only column of images."})
+    label_column: str | None = field(default=None, metadata={"help": "Default: the only column of class labels."})
+    streaming: bool = field(default=False, metadata={"help": "Read images when they are needed, not beforehand."})
+
+
+@dataclass
+class DataArguments(ImageSource):
+    """Images to train with, as options of a command."""
+
+    shuffle_buffer_size: int = field(
+        default=10_000, metadata={"help": "Images of a stream among which the next one is drawn."}
+    )
+    validation_fraction: float = field(
+        default=0.1, metadata={"help": "Share of the training images held out if there is no validation split."}
+    )
+    check_images: bool = field(
+        default=True, metadata={"help": "Decode each image before the training to find the damaged ones."}
+    )
+
+
+@dataclass
+class LabelledImages:
+    """
+    Images with labels.
+
+    Args:
+        splits (`dict[str, datasets.Dataset | datasets.IterableDataset]`):
+            By name ("train", "validation", "test" or others), rows of "image" (decoded, RGB) and "labels": the index
+            of a class, or the list of the indices of several.
+        class_names (`list[str]`):
+            What the indices mean.
+        multi_label (`bool`):
+            Whether an image has any number of labels instead of one.
+    """
+
+    splits: dict[str, Any]
+    class_names: list[str]
+    multi_label: bool
+
+    @classmethod
+    def load(cls, source: ImageSource) -> "LabelledImages":
+        """
+        Loads a data set and checks its labels. A test split whose labels are all -1, as competitions publish it, is
+        left out.
+
+        Raises:
+            `CommandError`: if images or labels are missing, not found, or do not fit together.
+        """
+        splits = with_common_columns(source, load_splits(source))
+        reference = splits.get("train", next(iter(splits.values())))
+        feature = reference.features["labels"]
+        multi_label = hasattr(feature, "feature")
+        for name, split in splits.items():
+            if split.features["labels"] != feature:
+                raise CommandError(f"{source.data}: the labels of {name!r} have other names than those of the rest")
+        if not isinstance(feature.feature if multi_label else feature, datasets.ClassLabel):
+            splits, feature = with_class_labels(source, splits, reference)
+        test = splits.get("test")
+        if isinstance(test, datasets.Dataset) and not multi_label and set(test["labels"]) == {-1}:
+            del splits["test"]
+        images = cls(splits, list((feature.feature if multi_label else feature).names), multi_label)
+        images.check_labels()
+        return images
+
+    def check_labels(self) -> None:
+        """Raises a `CommandError` for labels that are not those of a class."""
+        for name, split in self.splits.items():
+            if isinstance(split, datasets.IterableDataset):
+                continue
+            valid = range(len(self.class_names))
+            rows = enumerate(labels_of(split, self.multi_label))
+            wrong = [row for row, labels in rows if not all(label in valid for label in labels)]
+            if wrong:
+                examples = (f"row {row}: {split[row]['labels']}" for row in wrong[:5])
+                raise CommandError(
+                    f"{len(wrong)} labels of {name!r} are missing or not in the range from 0 to {valid[-1]}:"
+                    f" {some(examples)}"
+                )
+
+    def for_training(self, validation_fraction: float, seed: int) -> "LabelledImages":
+        """
+        The splits "train", "validation" (held out of "train", in the proportions of the classes, if there is none) and
+        "test" (if there is one).
+
+        Raises:
+            `CommandError`: if there is nothing to train with, or the validation images of a stream or of a class that
+                "train" does not have cannot be used.
+        """
+        if "train" not in self.splits:
+            raise CommandError(f"the data set has no split 'train', only {some(map(repr, self.splits))}")
+        splits: dict[str, Any] = {
+            name: self.splits[name] for name in ("train", "validation", "test") if name in self.splits
+        }
+        is_stream = isinstance(splits["train"], datasets.IterableDataset)
+        if "validation" not in splits:
+            if is_stream:
+                raise CommandError("a stream cannot be split: the data set needs a split 'validation'")
+            try:
+                parts = splits["train"].train_test_split(
+                    validation_fraction, stratify_by_column=None if self.multi_label else "labels", seed=seed
+                )
+            except ValueError as error:  # of scikit-learn's words, such as a class of one image
+                raise CommandError(f"--validation_fraction {validation_fraction}: {error}") from error
+            splits |= {"train": parts["train"], "validation": parts["test"]}
+        if not is_stream:
+            classes = {
+                name: set(itertools.chain.from_iterable(labels_of(split, self.multi_label)))
+                for name, split in splits.items()
+            }
+            for name in splits:
+                if unknown := sorted(classes[name] - classes["train"]):
+                    names = some(self.class_names[index] for index in unknown)
+                    raise CommandError(f"classes with images in {name!r} but none in 'train': {names}")
+        return replace(self, splits=splits)
+
+    def check_images(self) -> None:
+        """
+        Decodes the images on disk once, some milliseconds each, on all cores; `datasets` remembers the result.
+
+        Raises:
+            `CommandError`: that names images that cannot be decoded, or have more than 8 bits per channel.
+        """
+        transparent = 0
+        for name, split in self.splits.items():
+            if isinstance(split, datasets.IterableDataset):
+                continue
+            findings = split.cast_column("image", datasets.Image(decode=False)).map(
+                inspect_image,
+                input_columns="image",
+                remove_columns=split.column_names,
+                num_proc=min(os.cpu_count() or 1, len(split) // 500) or None,
+                desc=f"Checking the images of {name!r}",
+            )
+            problems = [f"row {row}, {text}" for row, text in enumerate(findings["problem"]) if text]
+            if problems:
+                raise CommandError(
+                    f"{len(problems)} of {len(split)} images of {name!r} cannot be read: {some(problems)}"
+                )
+            transparent += sum(findings["transparent"])
+        if transparent:
+            warnings.warn(
+                f"{transparent} images have transparent pixels, whose hidden colors the model will see: paint them on"
+                " a background if that is not what you want.",
+                stacklevel=2,
+            )
+
+    def summary(self) -> str:
+        """What was found, in one line."""
+        sizes = [
+            f"{name} (stream)" if isinstance(split, datasets.IterableDataset) else f"{len(split):,} {name}"
+            for name, split in self.splits.items()
+        ]
+        kind = "labels" if self.multi_label else "classes"
+        return f"Images: {', '.join(sizes)}; {len(self.class_names)} {kind}: {some(self.class_names)}"
+
+
+def load_splits(source: ImageSource) -> dict[str, Any]:
+    """The splits of a data set as they are, under their common names."""
+    folder = Path(source.data).expanduser()
+    if not source.data:
+        raise CommandError("give --data, a folder of images or a data set of the Hub")
+    if folder.is_file():
+        raise CommandError(f"{source.data}: a file, not a folder of images")
+    loaded: Any
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        loaded = datasets.load_from_disk(str(folder))
+        loaded = {"train": loaded} if isinstance(loaded, datasets.Dataset) else loaded
+        if source.streaming:
+            loaded = {name: split.to_iterable_dataset() for name, split in loaded.items()}
+    elif folder.is_dir() and not any(folder.rglob("*.parquet")):
+        loaded = load_image_folder(folder.absolute(), source.streaming)
+    else:
+        try:
+            loaded = datasets.load_dataset(
+                source.data, source.data_config, revision=source.data_revision, streaming=source.streaming
+            )
+        except (OSError, ValueError) as error:  # a typo, no network, a missing configuration
+            raise CommandError(f"{source.data}: no data set in such a folder or on the Hub ({error})") from error
+    splits: dict[str, Any] = {}
+    for name, split in loaded.items():
+        if isinstance(split, datasets.Dataset) and not len(split):
+            raise CommandError(f"{source.data}: the split {name!r} has no images")
+        common = SPLIT_NAMES.get(name, name)
+        if common in splits:
+            raise CommandError(f"{source.data}: two splits mean {common!r}, one of them {name!r}: rename one")
+        splits[common] = split
+    return splits
+
+
+def load_image_folder(folder: Path, streaming: bool) -> dict[str, Any]:
+    """
+    Loads a folder with "imagefolder". Only top-level folders make splits: from a file name such as `unit-test.png`,
+    `datasets` would infer a split "test" and drop all other images.
+    """
+    on_disk = find_images(folder)
+    patterns = {name: f"{glob.escape(str(path))}/**" for name, path in split_folders(folder).items()}
+    splits = datasets.load_dataset("imagefolder", data_files=patterns, streaming=streaming)
+    if not streaming:
+        found = set()
+        for split in splits.values():
+            if "image" in split.features:
+                rows = split.cast_column("image", datasets.Image(decode=False))["image"]
+                found |= {os.path.normpath(row["path"]) for row in rows}
+        if on_disk != found:
+            raise CommandError(
+                f"{folder}: {len(on_disk - found)} of {len(on_disk)} image files are not in the data set that"
+                f" `datasets` makes of it, such as {some(sorted(on_disk ^ found))}: put each image into the folder of"
+                " its class, at the same depth, or name it in metadata.jsonl"
+            )
+    return splits
+
+
+def find_images(folder: Path) -> set[str]:
+    """The paths of the images in a folder. Raises a `CommandError` for a folder in it that has none."""
+    images = set()
+    for path, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        found = [name for name in files if is_image_file(name)]
+        if not found and not folders:
+            raise CommandError(f"{path}: a folder without images; remove it, or put images into it")
+        images |= {os.path.join(path, name) for name in found}
+    return images
+
+
+def is_image_file(name: str) -> bool:
+    return not name.startswith(".") and Path(name).suffix.lower() in ImageFolder.EXTENSIONS
+
+
+def split_folders(folder: Path) -> dict[str, Path]:
+    """The folders of the splits by their common names; "train" is the folder itself if it has none."""
+    top = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
+    splits = [path for path in top if path.name.lower() in SPLIT_NAMES]
+    others = [path.name for path in top if path not in splits]
+    if others and not any(child.is_dir() for path in splits for child in path.iterdir()):
+        splits = []  # the classes of a data set, one of which is called "train"
+    if not splits:
+        return {"train": folder}
+    names = [SPLIT_NAMES[path.name.lower()] for path in splits]
+    metadata = [name for name in ImageFolder.METADATA_FILENAMES if (folder / name).is_file()]
+    if others or metadata or len(set(names)) < len(names):
+        raise CommandError(
+            f"{folder}: beside the splits {some(path.name for path in splits)} there must be no other folders, no"
+            f" metadata and no second split of the same meaning, found {some([*others, *metadata]) or 'the latter'}"
+        )
+    return dict(zip(names, splits))
+
+
+def with_common_columns(source: ImageSource, splits: dict[str, Any]) -> dict[str, Any]:
+    """The splits with the columns "image", decoded as RGB, and "labels"."""
+    # Some streams know their columns only after a look at the first row
+    splits = {name: split if split.features else split._resolve_features() for name, split in splits.items()}
+    features = splits.get("train", next(iter(splits.values()))).features
+    image_column = source.image_column or only_column(source.data, "image", features)
+    label_column = source.label_column or only_column(source.data, "label", features)
+    for name, split in splits.items():
+        if missing := {image_column, label_column} - set(split.features):
+            raise CommandError(
+                f"{source.data}: {name!r} has no column {some(missing)}, only {', '.join(split.features)}; name the"
+                " columns with --image_column and --label_column"
+            )
+        if not isinstance(split.features[image_column], datasets.Image):
+            raise CommandError(f"{source.data}: {image_column!r} holds {split.features[image_column]}, not images")
+        # Before the columns of a stream are renamed, which decodes its images
+        split = split.cast_column(image_column, datasets.Image(mode="RGB"))
+        split = split.select_columns([image_column, label_column])
+        new_names = {image_column: "image", label_column: "labels"}
+        splits[name] = split.rename_columns({old: new for old, new in new_names.items() if old != new})
+    return splits
+
+
+def only_column(source: str, kind: str, features: datasets.Features) -> str:
+    """The only column of that kind, "image" or "label", or else the one with the usual name."""
+
+    def suits(feature: Any) -> bool:
+        if kind == "image":
+            return isinstance(feature, datasets.Image)
+        return isinstance(getattr(feature, "feature", feature), datasets.ClassLabel)
+
+    columns = [name for name, feature in features.items() if suits(feature)]
+    columns = columns if len(columns) == 1 else [name for name in (kind, f"{kind}s") if name in features]
+    if len(columns) != 1:
+        hint = "" if kind == "image" else ", or put the images of each class, two or more, in a folder of its own"
+        raise CommandError(
+            f"{source}: which column has the {kind}s? It has {', '.join(features)}; name one with --{kind}_column"
+            f"{hint}"
+        )
+    return columns[0]
+
+
+def with_class_labels(source: ImageSource, splits: dict[str, Any], reference: Any) -> tuple[dict[str, Any], Any]:
+    """Makes classes of labels that are texts or whole numbers, those of the reference split; returns their feature."""
+    feature = reference.features["labels"]
+    multi_label = hasattr(feature, "feature")
+    dtype = str(getattr(feature.feature if multi_label else feature, "dtype", None))
+    if source.streaming or not (dtype in ("string", "large_string", "bool") or "int" in dtype):
+        raise CommandError(
+            f"{source.data}: labels must be names of classes or whole numbers, those of a stream a ClassLabel column,"
+            f" got {feature}"
+        )
+
+    def cast(kind: Any) -> dict[str, Any]:
+        column = datasets.List(kind) if multi_label else kind
+        return {name: split.cast_column("labels", column) for name, split in splits.items()}
+
+    splits = cast(datasets.Value("string"))
+    values = {name: set(itertools.chain(*labels_of(split, multi_label))) - {None} for name, split in splits.items()}
+    known = values.get("train", next(iter(values.values())))
+    for name in splits:
+        # `datasets` would read an unknown number as the index of a class
+        if unknown := values[name] - known:
+            raise CommandError(f"labels of {name!r} that 'train' does not have: {some(sorted(unknown))}")
+    splits = cast(datasets.ClassLabel(names=sorted(known, key=int if "int" in dtype else str)))
+    return splits, next(iter(splits.values())).features["labels"]
+
+
+def labels_of(split: datasets.Dataset, multi_label: bool) -> Iterable[list[Any]]:
+    """The labels of each image; `[None]` if they are missing."""
+    return ([None] if label is None else label if multi_label else [label] for label in split["labels"])
+
+
+def inspect_image(image: dict[str, Any] | None) -> dict[str, Any]:
+    """What keeps an encoded image from being used, and whether it has transparent pixels."""
+    try:
+        decoded = datasets.Image().decode_example(image)
+    except Exception as error:  # formats raise errors of many types
+        return {"problem": f"{(image or {}).get('path') or 'an image'}: {error}", "transparent": False}
+    if decoded.mode.startswith(("I", "F")):
+        return {"problem": f"{image['path']}: more than 8 bits per channel; convert it to 8", "transparent": False}
+    has_alpha = "A" in decoded.getbands() or "transparency" in decoded.info
+    transparent = has_alpha and decoded.convert("RGBA").getextrema()[3][0] < 255
+    return {"problem": "", "transparent": transparent}
+
+
+def some(names: Iterable[str], limit: int = 5) -> str:
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit:,} more" if len(names) > limit else "")
+
+
+__all__ = ["DataArguments", "ImageSource", "LabelledImages"]

@@ -1,0 +1,141 @@
+# Copyright 2026 The CrossViT for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A training from images to a saved model, as commands do it, which differ in the model and the recipe."""
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+from transformers import TrainingArguments, set_seed
+
+from .augmentation import AugmentationArguments, Collator, EvaluationTransform, TrainingTransform
+from .data import DataArguments, LabelledImages
+from .errors import CommandError
+from .metrics import MultiLabelMetric, SingleLabelMetric, save_confusion_matrix
+from .trainer import CrossViTTrainer, last_usable_checkpoint
+
+
+# Of TrainingArguments, where images are concerned or a user of a command expects it
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "accuracy",
+    "logging_steps": 10,
+    "report_to": ["tensorboard"],
+    "remove_unused_columns": False,  # the transforms need the images
+    "label_names": ["labels"],
+}
+
+
+def prepare_images(data: DataArguments, args: TrainingArguments) -> LabelledImages:
+    """
+    The images of a training, checked; their summary is printed.
+
+    Raises:
+        `CommandError`: for what is wrong with the images, their labels or these options.
+    """
+    if data.data and Path(args.output_dir).resolve().is_relative_to(Path(data.data).expanduser().resolve()):
+        raise CommandError(f"--output_dir {args.output_dir}: lies in --data {data.data}; choose a folder elsewhere")
+    if data.streaming and args.max_steps <= 0:
+        raise CommandError("--streaming: a stream has no known end, so say with --max_steps how long to train")
+    with args.main_process_first():  # the others find its results in the cache of `datasets`
+        images = LabelledImages.load(data).for_training(data.validation_fraction, args.seed)
+        if data.check_images:
+            images.check_images()
+    if args.should_log:
+        print(images.summary(), flush=True)
+    set_seed(args.seed)  # for the weights of new heads
+    return images
+
+
+def make_trainer(
+    model: Any,
+    processor: Any,
+    images: LabelledImages,
+    data: DataArguments,
+    augmentation: AugmentationArguments,
+    args: TrainingArguments,
+    average_decay: float | None = None,
+) -> CrossViTTrainer:
+    """The Trainer of a model with these images; the best checkpoint is that of the best accuracy (many labels: F1)."""
+    metric = MultiLabelMetric() if images.multi_label else SingleLabelMetric()
+    if images.multi_label and args.metric_for_best_model == "accuracy":
+        args.metric_for_best_model = "f1"
+    mixup = augmentation.mixup(len(images.class_names))
+    if mixup is not None and images.multi_label:
+        raise CommandError("--mixup_alpha, --cutmix_alpha: they mix images with one label each, these have several")
+    train = images.splits["train"]
+    if data.streaming:
+        if augmentation.augmentation_repeats > 1:
+            raise CommandError("--augmentation_repeats: images of a stream are not repeated")
+        train = train.shuffle(args.seed, buffer_size=data.shuffle_buffer_size)
+    return CrossViTTrainer(
+        model,
+        args,
+        data_collator=Collator(len(images.class_names), images.multi_label),
+        train_data_collator=Collator(len(images.class_names), images.multi_label, mixup),
+        train_dataset=transformed(train, TrainingTransform(augmentation, processor)),
+        eval_dataset=transformed(images.splits["validation"], EvaluationTransform(processor)),
+        processing_class=processor,
+        compute_metrics=metric.of_prediction,
+        preprocess_logits_for_metrics=metric.reduce_logits,
+        average_decay=average_decay,
+        augmentation_repeats=augmentation.augmentation_repeats,
+    )
+
+
+def transformed(split: Any, transform: Any) -> Any:
+    """The rows of a split or stream as the transform makes them, when they are asked for."""
+    if isinstance(split, datasets.Dataset):
+        return split.with_transform(transform)
+    return split.map(transform, batched=True, batch_size=32, remove_columns=["image", "labels"])
+
+
+def train(trainer: CrossViTTrainer) -> None:
+    """Trains, or goes on with a training that was stopped, from its last usable checkpoint."""
+    checkpoint = last_usable_checkpoint(trainer.args.output_dir)
+    if checkpoint and trainer.args.should_log:
+        print(f"Going on from {checkpoint}", flush=True)
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def finish(trainer: CrossViTTrainer, images: LabelledImages, data: DataArguments) -> None:
+    """Evaluates the trained model on all that was not trained with, saves it, and pushes it to the Hub on request."""
+    output = Path(trainer.args.output_dir)
+    trainer.save_model(_internal_call=True)  # first of all, and without a push
+    for name, split in images.splits.items():
+        if name == "train":
+            continue
+        rows = transformed(split, EvaluationTransform(trainer.processing_class))
+        prediction = trainer.predict(rows, metric_key_prefix="eval" if name == "validation" else name)
+        trainer.log(prediction.metrics)  # for the model card
+        trainer.log_metrics(name, prediction.metrics)
+        trainer.save_metrics(name, prediction.metrics)
+        if trainer.args.should_save and not images.multi_label:
+            save_confusion_matrix(output / f"{name}_confusion.png", prediction, images.class_names)
+    # Otherwise the card would call a folder of images "imagefolder", a data set of the Hub
+    card: dict[str, Any] = {"dataset": Path(data.data).resolve().name, "dataset_tags": [], "dataset_args": []}
+    if not Path(data.data).expanduser().exists():
+        card = {"dataset": data.data, "dataset_tags": data.data}
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(**card)
+    else:
+        trainer.create_model_card(**card)
+    if trainer.args.should_save:
+        print(f"Saved the model and its image processor in {output}", flush=True)
+
+
+__all__ = ["TRAINING_DEFAULTS", "finish", "make_trainer", "prepare_images", "train", "transformed"]

@@ -1,0 +1,247 @@
+"""Images and labels are found wherever they are kept, none is lost without a word, and what is wrong is named."""
+
+import json
+import os
+import warnings
+from collections import Counter
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+from image_folders import CLASSES, encoded, image_bytes, image_rows, write_files, write_images
+
+from crossvit.training.data import ImageSource, LabelledImages
+from crossvit.training.errors import CommandError
+
+
+LABELS = [0, 1, 2] * 4
+STRING, INTEGER = datasets.Value("string"), datasets.Value("int64")
+SOME_OF = datasets.List(datasets.ClassLabel(names=list(CLASSES)))
+
+
+@pytest.fixture
+def source(tmp_path):
+    return tmp_path / "data"
+
+
+def load(source, **options) -> LabelledImages:
+    return LabelledImages.load(ImageSource(str(source), **options))
+
+
+def prepare(source, fraction: float = 0.25, seed: int = 0, **options) -> LabelledImages:
+    images = load(source, **options).for_training(fraction, seed)
+    images.check_images()
+    return images
+
+
+def refused(source, **options) -> str:
+    with pytest.raises(CommandError) as caught:
+        prepare(source, **options)
+    return str(caught.value)
+
+
+def save(folder, **splits) -> None:
+    datasets.DatasetDict(splits).save_to_disk(folder)
+
+
+def contents(split) -> list[tuple]:
+    """The color and label of each image."""
+    return sorted((row["image"].getpixel((0, 0)), row["labels"]) for row in split)
+
+
+def test_folders_saved_data_sets_parquet_and_streams_hold_the_same_images(source, tmp_path):
+    write_images(source, ["train", "val"])
+    images = load(source)
+    assert images.class_names == list(CLASSES) and not images.multi_label
+    assert images.summary() == "Images: 12 train, 12 validation; 3 classes: ant, bee, cow"
+    expected = {
+        name: sorted(((50 * label, number, 100 * part), label) for label in range(3) for number in range(4))
+        for part, name in enumerate(("train", "validation"))
+    }
+    loaded = datasets.load_dataset("imagefolder", data_dir=str(source))
+    loaded.save_to_disk(tmp_path / "saved")
+    (tmp_path / "parquet").mkdir()
+    for name, split in loaded.items():
+        split.to_parquet(tmp_path / "parquet" / f"{name}-00000-of-00001.parquet")
+    for place in (source, tmp_path / "saved", tmp_path / "parquet"):
+        for streaming in (False, True):
+            found = load(place, streaming=streaming)
+            assert {name: contents(split) for name, split in found.splits.items()} == expected, (place, streaming)
+            assert isinstance(found.splits["train"], datasets.IterableDataset) == streaming
+
+
+@pytest.mark.parametrize("name", ["toy_train.png", "unit-test.png", "dev.png", "Test (1).PNG", "validation[2].png"])
+def test_file_names_make_no_splits(source, name):
+    write_files(write_images(source), {f"bee/{name}": image_bytes()})
+    assert len(load(source).splits["train"]) == 13 and load(source).splits.keys() == {"train"}
+
+
+def test_names_of_folders_are_not_patterns(tmp_path):
+    write_images(tmp_path / "photos [1]*", classes=["ant [2]", "bee?"])
+    assert load(tmp_path / "photos [1]*").class_names == ["ant [2]", "bee?"]
+
+
+def test_a_class_may_be_called_like_a_split(source):
+    write_images(source, classes=["bus", "train", "tram"])
+    assert load(source).class_names == ["bus", "train", "tram"]
+
+
+@pytest.mark.parametrize(
+    "extra", ["extras/cow/0.png", "valid/cow/0.png", "metadata.jsonl"], ids=["folder", "second split", "metadata"]
+)
+def test_what_lies_beside_splits_is_not_left_out_in_silence(source, extra):
+    write_files(write_images(source, ["train", "val"]), {extra: image_bytes()})
+    assert "beside the splits" in refused(source)
+
+
+@pytest.mark.parametrize("splits, extra", [(["train", "val"], "0.png"), (["train"], "0.png")])
+def test_images_that_are_not_found_are_an_error(source, splits, extra):
+    write_files(write_images(source, splits), {extra: image_bytes()})
+    message = refused(source)
+    assert "1 of" in message and f"{source}/{extra}" in message
+
+
+def test_images_that_metadata_does_not_name_are_an_error(source):
+    rows = [{"file_name": f"{row}.png", "label": CLASSES[row % 3]} for row in range(6)]
+    files = {f"{row}.png": image_bytes() for row in range(7)}
+    write_files(source, {**files, "metadata.jsonl": "\n".join(map(json.dumps, rows)).encode()})
+    assert f"{source}/6.png" in refused(source)
+
+
+def test_several_labels_by_metadata(source):
+    for split in ("train", "test"):
+        rows = [{"file_name": f"{row}.png", "labels": list(CLASSES[: row % 4])} for row in range(8)]
+        files = {f"{row}.png": image_bytes((row, 0, 0)) for row in range(8)}
+        write_files(source / split, {**files, "metadata.jsonl": "\n".join(map(json.dumps, rows)).encode()})
+    images = load(source)
+    assert images.multi_label and images.class_names == list(CLASSES)
+    for split in images.splits.values():
+        assert contents(split) == [((row, 0, 0), list(range(row % 4))) for row in range(8)]
+    assert images.for_training(0.25, 0).splits.keys() == {"train", "validation", "test"}
+
+
+@pytest.mark.parametrize(
+    "feature, values", [(STRING, ["ant", "bee", "cow"]), (INTEGER, [4, 9, 17])], ids=["texts", "numbers"]
+)
+def test_labels_without_names_become_classes(source, feature, values):
+    save(source, train=image_rows(values * 4, feature), validation=image_rows(values[::-1], feature))
+    images = load(source)
+    assert images.class_names == list(map(str, values))
+    assert images.splits["train"]["labels"][:] == LABELS and images.splits["validation"]["labels"][:] == [2, 1, 0]
+    assert "those of a stream a ClassLabel column" in refused(source, streaming=True)
+    # The number 1 is not the class of index 1
+    save(
+        source.with_name("other"),
+        train=image_rows(values * 4, feature),
+        test=image_rows([type(values[0])(1)], feature),
+    )
+    assert "labels of 'test' that 'train' does not have: 1" in refused(source.with_name("other"))
+
+
+def test_columns_are_found_or_named(source):
+    rows = image_rows(LABELS).rename_columns({"image": "photo", "label": "animal"})
+    save(source, train=rows.add_column("id", list(range(12))))
+    assert contents(load(source).splits["train"]) == contents(image_rows(LABELS).rename_column("label", "labels"))
+    two = source.with_name("two")
+    save(two, train=rows.map(lambda row: {"copy": row["photo"]}))
+    assert "which column has the images? It has photo, animal, copy; name one with --image_column" in refused(two)
+    assert len(load(two, image_column="copy").splits["train"]) == 12
+    assert "has no column size, only photo, animal, copy" in refused(two, image_column="copy", label_column="size")
+
+
+def test_validation_images_are_held_out_in_the_proportions_of_the_classes(source):
+    save(source, train=image_rows([0] * 40 + [1] * 20 + [2] * 10))
+    images = prepare(source, 0.2)
+    assert Counter(images.splits["validation"]["labels"]) == {0: 8, 1: 4, 2: 2}
+    assert sorted(contents(images.splits["train"]) + contents(images.splits["validation"])) == contents(
+        load(source).splits["train"]
+    )
+    assert contents(prepare(source, 0.2).splits["validation"]) == contents(images.splits["validation"])
+    assert contents(prepare(source, 0.2, seed=1).splits["validation"]) != contents(images.splits["validation"])
+    assert "--validation_fraction 0.01: " in refused(source, fraction=0.01)
+    assert "a stream cannot be split" in refused(source, streaming=True)
+
+
+def test_a_test_split_without_labels_is_left_out(source):
+    save(source, train=image_rows(LABELS), test=image_rows([-1, -1]))
+    assert load(source).splits.keys() == {"train"}
+
+
+@pytest.mark.parametrize("wrong", [-1, None])
+def test_labels_outside_the_range_are_named(source, wrong):
+    save(source, train=image_rows([0, 1, 2, wrong] * 3), validation=image_rows([0, 1]))
+    assert refused(source) == (
+        "3 labels of 'train' are missing or not in the range from 0 to 2:"
+        f" row 3: {wrong}, row 7: {wrong}, row 11: {wrong}"
+    )
+    lists = source.with_name("lists")
+    save(lists, train=image_rows([[0, 1], None if wrong is None else [2, wrong]], SOME_OF))
+    assert "row 1: " in refused(lists)
+
+
+def test_classes_that_only_the_validation_has_are_named(source):
+    save(source, train=image_rows([0, 1] * 3), validation=image_rows([0, 2]))
+    assert refused(source) == "classes with images in 'validation' but none in 'train': cow"
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"no image", "cannot identify"),
+        (encoded(PIL.Image.effect_noise((64, 64), 90))[:-2000], "truncated"),
+        (encoded(PIL.Image.effect_noise((64, 64), 90), "JPEG")[:-500], "truncated"),
+        (encoded(PIL.Image.fromarray(np.full((8, 8), 32768, np.uint16))), "more than 8 bits"),
+    ],
+    ids=["text", "truncated png", "truncated jpeg", "16 bits"],
+)
+def test_damaged_images_are_named(source, content, message):
+    write_files(write_images(source, ["train", "val"]), {f"train/bee/broken{n}.png": content for n in range(6)})
+    found = refused(source)
+    assert found.startswith("6 of 18 images of 'train' cannot be read: row ") and found.endswith(" and 1 more")
+    assert f"{source}/train/bee/broken0.png: " in found and message in found
+    # Repaired, they are read again
+    write_files(source, {f"train/bee/broken{n}.png": image_bytes() for n in range(6)})
+    for n in range(6):
+        os.utime(source / f"train/bee/broken{n}.png", (2_000_000_000, 2_000_000_000))
+    assert len(prepare(source).splits["train"]) == 18
+
+
+def test_transparent_images_are_counted(source):
+    write_files(write_images(source), {"bee/a.png": image_bytes((1, 2, 3, 4), mode="RGBA")})
+    write_files(source, {"bee/b.png": image_bytes((1, 2, 3, 255), mode="RGBA")})
+    with pytest.warns(UserWarning, match=r"^1 images have transparent pixels"):
+        images = prepare(source)
+    assert all(row["image"].mode == "RGB" for split in images.splits.values() for row in split)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (source / "bee" / "a.png").unlink()
+        prepare(source)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_are_rgb_and_upright(source, streaming):
+    upside_down = PIL.Image.Exif()
+    upside_down[0x0112] = 3
+    pixels = np.zeros((8, 8), np.uint8)
+    pixels[:4] = 200
+    files = {
+        "ant/0.png": encoded(PIL.Image.fromarray(pixels), exif=upside_down),
+        "bee/0.png": image_bytes(9, mode="L"),
+    }
+    rows = load(write_files(source, files), streaming=streaming).splits["train"]
+    turned, plain = (row["image"] for row in rows)
+    assert turned.getpixel((0, 0)) == (0, 0, 0) and turned.getpixel((0, 7)) == (200, 200, 200)
+    assert plain.getpixel((0, 0)) == (9, 9, 9)
+
+
+def test_places_without_labelled_images_are_named(source, tmp_path):
+    assert "give --data" in refused("")
+    assert f"{source}: no data set in such a folder or on the Hub" in refused(source)
+    assert "a file, not a folder" in refused(write_files(tmp_path, {"image.png": image_bytes()}) / "image.png")
+    (write_images(source) / "dog").mkdir()
+    assert f"{source}/dog: a folder without images" in refused(source)
+    write_images(tmp_path / "flat", classes=["."])
+    assert "which column has the labels?" in refused(tmp_path / "flat")
+    write_images(tmp_path / "test-only", ["test"])
+    assert "no split 'train', only 'test'" in refused(tmp_path / "test-only")
