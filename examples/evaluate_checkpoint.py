@@ -19,6 +19,7 @@ torchrun --nproc_per_node 8 examples/evaluate_checkpoint.py ...      # on severa
 
 import json
 import re
+import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,7 @@ def main() -> None:
     if not args.model:
         raise CommandError("give --model, a CrossViT, and --data, a folder of images or a data set of the Hub")
     training_args = TrainingArguments(
+        output_dir=tempfile.gettempdir(),  # the Trainer would create a folder, though it writes nothing
         per_device_eval_batch_size=args.batch_size,
         dataloader_num_workers=args.num_workers,
         use_cpu=args.cpu,

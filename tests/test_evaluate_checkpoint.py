@@ -35,7 +35,11 @@ def measure(example, checkpoint, zoo, tmp_path):
     return run
 
 
-def test_it_is_the_accuracy_of_the_pipeline_by_the_names_of_the_classes(measure, checkpoint, zoo):
+def test_it_is_the_accuracy_of_the_pipeline_by_the_names_of_the_classes(
+    measure, checkpoint, zoo, tmp_path, monkeypatch
+):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     classifier = pipeline("image-classification", str(checkpoint))
     hits = []
     for file in sorted(zoo.glob("validation/*/*.png")):
@@ -49,6 +53,7 @@ def test_it_is_the_accuracy_of_the_pipeline_by_the_names_of_the_classes(measure,
         other, _ = measure(*options)
         assert {**other, "seconds": 0} == {**results, "seconds": 0}
     assert measure("--split", "train")[0]["images"] == 24
+    assert not any((tmp_path / "here").iterdir())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
