@@ -83,7 +83,7 @@ def load_checkpoint(name: str, dtype: Any = None, **options) -> tuple["CrossViTF
         model = CrossViTForImageClassification.from_pretrained(name, config=config, dtype=dtype or "auto")
         return model, CrossViTImageProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:  # a typo, no network, another model
-        raise CommandError(f"--model {name}: not a CrossViT in a folder or on the Hub ({reason(error)})") from error
+        raise CommandError(f"--model {name}: no CrossViT in such a folder or on the Hub ({reason(error)})") from error
 
 
 def load_config(name: str, **options) -> tuple["CrossViTConfig", Any]:
@@ -108,7 +108,9 @@ def load_config(name: str, **options) -> tuple["CrossViTConfig", Any]:
             raise ValueError(f"for images of {config.num_channels} channels")
         config.validate_architecture()  # with the options, which come after its own validation
     except (OSError, ValueError) as error:  # as above
-        raise CommandError(f"--config {name}: not a CrossViT for RGB images ({reason(error)})") from error
+        raise CommandError(
+            f"--config {name}: no configuration of a CrossViT for RGB images ({reason(error)})"
+        ) from error
     try:
         processor = CrossViTImageProcessor.from_pretrained(name)
     except OSError:
