@@ -119,4 +119,4 @@ def test_the_recipe_learns_digits_from_scratch(example, tmp_path):
     )  # fmt: skip
     assert status == 0, errors
     results = json.loads((tmp_path / "out" / "validation_results.json").read_text())
-    assert results["eval_accuracy"] >= 0.97  # 98.1 to 98.6 % were measured over three seeds
+    assert results["eval_accuracy"] >= 0.97  # 98.3 % was measured
