@@ -73,7 +73,7 @@ def load_checkpoint(name: str, dtype: Any = None, **options) -> tuple["CrossViTF
         options (`dict[str, Any]`, *optional*): of the configuration.
 
     Raises:
-        `CommandError`: if there is no such CrossViT.
+        `CommandError`: if it cannot be loaded.
     """
     from crossvit import CrossViTForImageClassification, CrossViTImageProcessor
     from crossvit.training.errors import CommandError
@@ -96,7 +96,7 @@ def load_config(name: str, **options) -> tuple["CrossViTConfig", Any]:
         options (`dict[str, Any]`, *optional*): of the configuration.
 
     Raises:
-        `CommandError`: if there is no configuration of a CrossViT for RGB images.
+        `CommandError`: if it is not a configuration of a CrossViT for RGB images.
     """
     from crossvit import CrossViTImageProcessor
     from crossvit.training.errors import CommandError

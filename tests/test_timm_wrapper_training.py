@@ -2,7 +2,7 @@
 Fine-tuned alike, a CrossViT does as well as timm's CrossViT in Transformers' timm wrapper.
 
 Both start from the same weights, pre-trained on the digits 0 to 4, with the same new heads for all ten, and see the
-same images in the same order. They then differ by rounding alone, which training amplifies. To see the curves and
+same images in the same order. They then differ only by rounding, which training amplifies. To see the curves and
 accuracies of both: `python -m pytest tests/test_timm_wrapper_training.py -rP`.
 """
 
