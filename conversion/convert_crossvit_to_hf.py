@@ -23,6 +23,7 @@ those of timm's model first; nothing is written if they differ.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import re
@@ -103,12 +104,16 @@ def find_source(name: str, revision: str | None, downloads: Path) -> Source:
         raise ConversionError(
             f"{name} is not a file, a folder, an https URL, a repository of the Hub or one of {', '.join(VARIANTS)}"
         )
-    config = Path(hf_hub_download(repo_id, "config.json", revision=revision))
-    try:
-        weights = hf_hub_download(repo_id, WEIGHTS_NAMES[0], revision=revision)
-    except EntryNotFoundError:
-        weights = hf_hub_download(repo_id, WEIGHTS_NAMES[1], revision=revision)
-    return Source(Path(weights), config, {"repository": repo_id, "revision": Path(weights).parent.name})
+
+    def download_file(file: str) -> Path | None:
+        with contextlib.suppress(EntryNotFoundError):
+            return Path(hf_hub_download(repo_id, file, revision=revision))
+
+    config_file = download_file("config.json")
+    weights = download_file(WEIGHTS_NAMES[0]) or download_file(WEIGHTS_NAMES[1])
+    if weights is None:
+        raise ConversionError(f"the repository {repo_id} has neither {' nor '.join(WEIGHTS_NAMES)}")
+    return Source(weights, config_file, {"repository": repo_id, "revision": weights.parent.name})
 
 
 def read_tensors(path: Path, entry: str | None = None) -> dict[str, torch.Tensor]:
@@ -125,13 +130,13 @@ def read_tensors(path: Path, entry: str | None = None) -> dict[str, torch.Tensor
     contents = load_file(path) if path.suffix == ".safetensors" else read_pickle(path)
     state_dict = choose_entry(contents, entry, path.name)
     tensors = {to_timm_name(name): tensor for name, tensor in state_dict.items()}
+    if not tensors or len(tensors) < len(state_dict):
+        raise ConversionError(f"{path.name} holds no weights, or several with names that mean the same")
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not tensor.isfinite().all():
             raise ConversionError(
                 f"{path.name}: {name} holds {tensor.dtype} values or NaN or Inf, which is not a weight"
             )
-    if not tensors:
-        raise ConversionError(f"{path.name} holds no weights")
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
@@ -165,7 +170,8 @@ def choose_entry(checkpoint: Any, entry: str | None, name: str) -> Mapping[str, 
 
     if is_state_dict(checkpoint) and entry is None:
         return checkpoint
-    entries = [key for key, value in checkpoint.items() if is_state_dict(value) and value]
+    values = checkpoint.items() if isinstance(checkpoint, Mapping) else ()
+    entries = [key for key, value in values if is_state_dict(value) and value]
     if entry in entries or (entry is None and len(entries) == 1):
         return checkpoint[entry or entries[0]]
     raise ConversionError(f"{name} has weights under {in_short(entries, 9) or 'no name'}: choose one with --entry")
@@ -253,6 +259,8 @@ def read_source(
 
     dtype = next(iter(tensors.values())).dtype
     model = CrossViTForImageClassification.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+    if options.verify:
+        model = load_equal(str(options.output), model)
     timm_model.load_state_dict(tensors, assign=True)
     differences = logits_differences(model, timm_model, config)
     variant = find_variant(config)
@@ -305,12 +313,15 @@ def check_output(output: Path, overwrite: bool):
         raise ConversionError(f"{output} is not replaced, since this command did not write it: {in_short(foreign)}")
 
 
-def verify(model: CrossViTForImageClassification, checkpoint: str, source: str):
-    """Compares the weights of a checkpoint with those of a model, bit by bit."""
-    saved = CrossViTForImageClassification.from_pretrained(checkpoint, dtype="auto").state_dict()
-    tensors = model.state_dict()
-    if different := [name for name in tensors if name not in saved or not torch.equal(tensors[name], saved[name])]:
-        raise ConversionError(f"{checkpoint} has other weights than {source}: {in_short(different)}")
+def load_equal(checkpoint: str, model: CrossViTForImageClassification) -> CrossViTForImageClassification:
+    """Loads a checkpoint, whose weights must be those of a model bit by bit."""
+    loaded = CrossViTForImageClassification.from_pretrained(checkpoint, dtype="auto")
+    tensors, expected = loaded.state_dict(), model.state_dict()
+    if different := [
+        name for name in expected if name not in tensors or not torch.equal(tensors[name], expected[name])
+    ]:
+        raise ConversionError(f"{checkpoint} has other weights than the source: {in_short(different)}")
+    return loaded
 
 
 def main():
@@ -318,7 +329,7 @@ def main():
     parser.add_argument(
         "source",
         help="the name of a variant, a file (.pth, .safetensors), a folder of timm's, an https URL or a repository of"
-        " the Hub",
+        " the Hub; ./NAME is always a path",
     )
     parser.add_argument("output", type=Path, help="the folder to create, or the checkpoint to verify")
     parser.add_argument("--revision", help="branch, tag or commit of the source's repository")
@@ -340,9 +351,7 @@ def main():
         HfApi().whoami()  # Without a token, fail before the work
     with tempfile.TemporaryDirectory() as downloads:
         model, processor, record = read_source(options, Path(downloads))
-    if options.verify:
-        verify(model, str(options.output), options.source)
-    else:
+    if not options.verify:
         save(model, processor, record, options)
     found = record["largest_logit_difference"]
     print(

@@ -202,6 +202,13 @@ def test_verify(command, convert, refuse, tmp_path):
     before = {path.name: path.read_bytes() for path in output.iterdir()}
     status, printed, _ = command(convert_crossvit_to_hf, folder, output, "--verify")
     assert status == 0 and "172 tensors" in printed
+    # Other heads have equal weights, so only the logits tell
+    config = (output / "config.json").read_text()
+    other = json.loads(config) | {"num_heads": [4, 4]}
+    (output / "config.json").write_text(json.dumps(other))
+    status, _, errors = command(convert_crossvit_to_hf, folder, output, "--verify")
+    assert status == 1 and "logits differ" in errors
+    (output / "config.json").write_text(config)
     weights = load_file(output / "model.safetensors")
     weights["crossvit.layernorms.0.bias"][3] += 1e-6
     save_file(weights, output / "model.safetensors", {"format": "pt"})
@@ -288,6 +295,7 @@ def test_files_without_weights(refuse, tmp_path, content):
         ),
         (lambda weights: weights.pop("head.0.bias"), "head.0.bias is missing"),
         (lambda weights: weights.update(extra=torch.zeros(1)), "extra is unknown"),
+        (lambda weights: weights.update({"module.norm.0.bias": torch.ones(24)}), "names that mean the same"),
         (
             lambda weights: weights.update({"norm.0.bias": torch.zeros(7)}),
             "norm.0.bias has shape (7,) instead of (24,)",
@@ -296,7 +304,7 @@ def test_files_without_weights(refuse, tmp_path, content):
         (lambda weights: weights["norm.0.bias"].fill_(torch.inf), "norm.0.bias"),
         (lambda weights: weights.update({"norm.0.bias": torch.zeros(24, dtype=torch.int)}), "norm.0.bias"),
     ],
-    ids=["missing", "no head", "extra", "shape", "nan", "inf", "integers"],
+    ids=["missing", "no head", "extra", "twice", "shape", "nan", "inf", "integers"],
 )
 def test_weights_that_are_not_whole(refuse, tmp_path, change, message):
     folder = save_timm_folder(small_timm(), tmp_path / "timm")
@@ -319,17 +327,13 @@ def test_unknown_shapes_ask_for_a_configuration(refuse, tmp_path):
     assert "--config" in refuse(tmp_path / "weights.safetensors")
 
 
-def test_other_logits_are_not_saved(refuse, small_config, tmp_path):
+def test_other_logits_are_not_saved(refuse, tmp_path, monkeypatch):
+    read = convert_crossvit_to_hf.read_model_config
     # Other heads have equal shapes, so only the logits tell
-    small_config.update({"depth": ((1, 2, 0), (2, 2, 0)), "num_heads": (4, 4)})
-    small_config.save_pretrained(tmp_path / "config")
-    folder = save_timm_folder(small_timm(), tmp_path / "timm")
-    original = convert_crossvit_to_hf.CrossViTConfig
-    try:
-        convert_crossvit_to_hf.CrossViTConfig = lambda **_: small_config
-        assert "logits differ" in refuse(folder)
-    finally:
-        convert_crossvit_to_hf.CrossViTConfig = original
+    monkeypatch.setattr(
+        convert_crossvit_to_hf, "read_model_config", lambda config: {**read(config), "num_heads": (4, 4)}
+    )
+    assert "logits differ" in refuse(save_timm_folder(small_timm(), tmp_path / "timm"))
 
 
 def test_sources_that_are_not_there(refuse, tmp_path):
