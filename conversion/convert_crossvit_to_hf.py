@@ -317,9 +317,8 @@ def load_equal(checkpoint: str, model: CrossViTForImageClassification) -> CrossV
     """Loads a checkpoint, whose weights must be those of a model bit by bit."""
     loaded = CrossViTForImageClassification.from_pretrained(checkpoint, dtype="auto")
     tensors, expected = loaded.state_dict(), model.state_dict()
-    if different := [
-        name for name in expected if name not in tensors or not torch.equal(tensors[name], expected[name])
-    ]:
+    different = [name for name in expected if name not in tensors or not torch.equal(tensors[name], expected[name])]
+    if different:
         raise ConversionError(f"{checkpoint} has other weights than the source: {in_short(different)}")
     return loaded
 
