@@ -62,22 +62,22 @@ def load_images(args: argparse.Namespace, config: Any, processor: Any) -> tuple[
     from crossvit.training.data import ImageSource, LabelledImages
 
     loaded = LabelledImages.load(ImageSource(args.data))
-    held_out = "test" if "test" in loaded.splits and "validation" not in loaded.splits else "validation"
     # With the default seed of finetune.py: a model that it trained on the same folder has not seen the held-out images
     splits = loaded.for_training(args.validation_fraction, seed=42).splits
 
-    def select(split: str, count: int) -> Any:
-        return splits[split].shuffle(seed=0).select(range(min(count, len(splits[split]))))
+    def load(split: str, count: int) -> tuple[torch.Tensor, list[Any]]:
+        images = splits[split].shuffle(seed=0).select(range(min(count, len(splits[split]))))
+        rows = tqdm(images, f"{split} images", leave=False)
+        return torch.cat([processor(row["image"], return_tensors="pt")["pixel_values"] for row in rows]), images[
+            "labels"
+        ]
 
-    def process(images: Any) -> torch.Tensor:
-        rows = tqdm(images, "Images", leave=False)
-        return torch.cat([processor(row["image"], return_tensors="pt")["pixel_values"] for row in rows])
-
-    calibration, test = select("train", args.calibration_images), select(held_out, args.test_images)
+    calibration, _ = load("train", args.calibration_images)
+    test, indices = load("validation", args.test_images)
     classes, labels = list(config.id2label.values()), None
     if set(loaded.class_names) <= set(classes) and not loaded.multi_label:
-        labels = torch.tensor([classes.index(loaded.class_names[label]) for label in test["labels"]])
-    return process(calibration), process(test), labels
+        labels = torch.tensor([classes.index(loaded.class_names[index]) for index in indices])
+    return calibration, test, labels
 
 
 @contextlib.contextmanager
@@ -99,43 +99,39 @@ def save_program(name: str, model: Any, calibration: torch.Tensor, folder: Path)
     from transformers import TorchAoConfig, exporters
 
     samples = [{"pixel_values": image[None]} for image in calibration]
-    batch: dict[str, Any] = {
-        "dynamic": True,
-        "dynamic_shapes": {"pixel_values": {0: torch.export.Dim("batch", min=1)}},
-    }
+    sample: dict[str, Any] = {"pixel_values": calibration[:1].repeat(2, 1, 1, 1)}
+    shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1)}}
     config: Any
     match name:
         case "torch":
-            config = exporters.DynamoConfig(**batch)
-        case "onnx":
-            config = exporters.OnnxConfig(**batch)
-        case "onnx-int8":
-            from onnxruntime.quantization import QuantType
-
-            static = exporters.OnnxRuntimeStaticConfig(
-                per_channel=True,
-                activation_type=QuantType.QUInt8,
-                # Products of two activations stay in float32: int8 costs accuracy there and saves no time
-                op_types_to_quantize=["MatMul", "Gemm"],
-                extra_options={"MatMulConstBOnly": True},
-            )
-            config = exporters.OnnxConfig(quantizer=exporters.OnnxRuntimeQuantizer(static, samples), **batch)
-        case "openvino":
-            config = exporters.OpenVINOConfig(**batch)
-        case "openvino-int8":
-            nncf = exporters.NNCFQuantizationConfig(subset_size=len(samples))  # by default at most 300
-            config = exporters.OpenVINOConfig(quantizer=exporters.NNCFOpenVINOQuantizer(nncf, samples), **batch)
-        case "executorch":
-            config = exporters.ExecutorchConfig(backend="xnnpack")  # keeps the batch size of the sample
+            config = exporters.DynamoConfig(dynamic=True, dynamic_shapes=shapes)
+        case "onnx" | "onnx-int8":
+            config = exporters.OnnxConfig(dynamic=True, dynamic_shapes=shapes)
+        case "openvino" | "openvino-int8":
+            config = exporters.OpenVINOConfig(dynamic=True, dynamic_shapes=shapes)
+        case "executorch":  # keeps the batch size of the sample
+            config, sample = exporters.ExecutorchConfig(backend="xnnpack"), samples[0]
         case "torchao-int8":
             from torchao.quantization import Int8WeightOnlyConfig
 
             # Activations in int8 would be faster, but only after `torch.compile`, a minute in each process
             options = {"dtype": torch.bfloat16, "quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}
             return type(model).from_pretrained(model.name_or_path, **options).save_pretrained(folder)
-    sample = calibration[:1].repeat(1 if name == "executorch" else 2, 1, 1, 1)
-    exporter = exporters.AutoHfExporter.from_config(config)
-    exporter.export(model, {"pixel_values": sample}, config).save_pretrained(folder)
+    if name == "onnx-int8":
+        from onnxruntime.quantization import QuantType
+
+        # Products of two activations stay in float32: int8 costs accuracy there and saves no time
+        static = exporters.OnnxRuntimeStaticConfig(
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            extra_options={"MatMulConstBOnly": True},
+        )
+        config.quantizer = exporters.OnnxRuntimeQuantizer(static, samples)
+    if name == "openvino-int8":
+        nncf = exporters.NNCFQuantizationConfig(subset_size=len(samples))  # by default at most 300
+        config.quantizer = exporters.NNCFOpenVINOQuantizer(nncf, samples)
+    exporters.AutoHfExporter.from_config(config).export(model, sample, config).save_pretrained(folder)
 
 
 def load_program(name: str, folder: Path, precision: str = "f32") -> Program:
@@ -261,12 +257,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--model", default="timm/crossvit_15_dagger_240.in1k", help="folder or Hub id; default: %(default)s")
     add("--output_dir", type=Path, default=Path("outputs/export"), help="new or empty; default: %(default)s")
     add("--formats", nargs="+", choices=FORMATS + MORE_FORMATS, default=FORMATS, help=f"default: {' '.join(FORMATS)}")
-    add(
-        "--validation_fraction",
-        type=float,
-        default=0.1,
-        help="held out if the data are not split; default: %(default)s",
-    )
+    add("--validation_fraction", type=float, default=0.1, help="of data without such a split; default: %(default)s")
     add("--calibration_images", type=int, default=300, help="at most; default: %(default)s")
     add("--test_images", type=int, default=1000, help="at most; default: %(default)s")
     add("--seconds", type=float, default=2, help="of each measurement of speed; default: %(default)s")

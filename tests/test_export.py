@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from examples_in_process import EXAMPLES, write_zoo
+from examples_in_process import EXAMPLES
 from timm_reference import perturb
 from transformers import TrainingArguments
 
@@ -156,17 +156,6 @@ def test_plain_folder_is_divided_as_for_finetuning(checkpoint, zoo):
     assert [len(images) for images in COMMAND["load_images"](args, config, processor)] == [5, 4, 4]
 
 
-@pytest.mark.parametrize("splits, count", [(("test",), 3), (("validation", "test"), 2)])
-def test_published_test_split_is_measured_only_without_a_validation_split(checkpoint, tmp_path, splits, count):
-    write_zoo(tmp_path / "data", images=8)
-    for number, split in enumerate(reversed(splits)):
-        write_zoo(tmp_path / "data", images=3 - number, splits=(split,))
-    args = Namespace(data=str(tmp_path / "data"), validation_fraction=0.25, calibration_images=99, test_images=99)
-    processor = CrossViTImageProcessor.from_pretrained(checkpoint)
-    images = COMMAND["load_images"](args, CrossViTConfig.from_pretrained(checkpoint), processor)
-    assert [len(part) for part in images] == [24, 3 * count, 3 * count]
-
-
 def test_images_of_other_classes_measure_the_agreement(export, zoo):
     for split in ("train", "validation"):
         (zoo / split / "ant").rename(zoo / split / "unknown")
@@ -234,7 +223,9 @@ def test_readme_says_how_to_run_each_program(export, checkpoint, zoo, tmp_path, 
 
 
 def test_missing_package_is_named(export, tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.exporters.utils._is_package_available", lambda name, **options: (name == "torch", "9"))
+    monkeypatch.setattr(
+        "transformers.exporters.utils._is_package_available", lambda name, **options: (name == "torch", "9")
+    )
     _, error = export("--formats", "torch", "openvino", status=1)
     assert error.startswith("export.py: error: openvino was not exported: ") and "openvino" in error.split(": ", 3)[3]
     results = json.loads((tmp_path / "export" / "export.json").read_text())
