@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from crossvit import CrossViTConfig
 # For the processes that tests start as well. One thread each: `-n 2` shares the cores better than threads do.
 os.environ["HF_HUB_OFFLINE"] = os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+# Processes that tests interrupt inherit it; a test run that was started in the background ignores Ctrl-C
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 VARIANTS = json.loads((Path(__file__).parents[1] / "conversion" / "variants.json").read_text())
 
