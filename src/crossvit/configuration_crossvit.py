@@ -30,9 +30,6 @@ FloatSequence = tuple[float | int, ...] | list[float | int]
 # The fields that hold tuples
 SEQUENCES = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
-# `multi_conv` is defined for these patch sizes only (models/crossvit.py of the authors' code, class PatchEmbed).
-MULTI_CONV_PATCH_SIZES = (12, 16)
-
 
 def to_tuple(value: Any) -> Any:
     """Turns lists into tuples, nested ones too: JSON knows only lists."""
@@ -168,59 +165,45 @@ class CrossViTConfig(RemoteCodeMixin, BackboneConfigMixin, PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation. Checks that the values are in range and fit each other."""
-        branches = self.num_branches
-        if branches < 2:
-            raise ValueError(f"`embed_dim` must have a width for each of two or more branches, got {self.embed_dim}.")
-        for name, optional_entries in (("patch_size", 0), ("num_heads", 0), ("mlp_ratio", 1)):
-            if not branches <= len(getattr(self, name)) <= branches + optional_entries:
-                raise ValueError(
-                    f"`{name}` must have an entry for each of the {branches} branches (the length of `embed_dim`), got"
-                    f" {getattr(self, name)}."
-                )
-        if len(self.image_sizes) != branches or any(len(size) != 2 or min(size) <= 0 for size in self.image_sizes):
-            raise ValueError(
-                f"`image_size` must be one int, or an int or (height, width) for each of the {branches} branches, all"
-                f" positive, got {self.image_size}."
-            )
-        if not self.depth or any(len(stage) != branches + 1 or min(stage) < 0 for stage in self.depth):
-            raise ValueError(
-                f"`depth` must have one or more stages, each with the layers of each of the {branches} branches and"
-                f" then the cross-attention layers, none negative, such as {((1,) * branches + (0,),)}, got"
-                f" {self.depth}."
-            )
-        for name in ("embed_dim", "num_heads", "patch_size", "mlp_ratio"):
-            if not all(value > 0 for value in getattr(self, name)):
-                raise ValueError(f"`{name}` must be positive in each branch, got {getattr(self, name)}.")
-        for name in ("num_channels", "initializer_range", "layer_norm_eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` must be positive, got {getattr(self, name)}.")
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 0 and below 1, got {getattr(self, name)}.")
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"`hidden_act` must be one of {', '.join(ACT2FN)}, got {self.hidden_act!r}.")
 
-        branch_values = zip(self.embed_dim, self.num_heads, self.image_sizes, self.patch_size)
-        for branch, (width, heads, size, patch) in enumerate(branch_values):
-            if width % heads:
-                raise ValueError(
-                    f"`embed_dim` must be a multiple of `num_heads` in each branch, got {width} and {heads} in branch"
-                    f" {branch}: {max(1, round(width / heads)) * heads} would be one."
-                )
-            if min(size) < patch:
-                raise ValueError(
-                    f"`patch_size` must not be larger than `image_size`, got patches of {patch} pixels and an image of"
-                    f" {size[0]}x{size[1]} in branch {branch}."
-                )
-            if self.multi_conv and (
-                patch not in MULTI_CONV_PATCH_SIZES or any(side % patch for side in size) or width < 4
-            ):
-                raise ValueError(
-                    f"`multi_conv` is defined for patches of {' or '.join(map(str, MULTI_CONV_PATCH_SIZES))} pixels,"
-                    f" images of whole patches and widths of 4 or more, got patches of {patch} pixels, an image of"
-                    f" {size[0]}x{size[1]} and a width of {width} in branch {branch}: change them or set"
-                    " `multi_conv=False`."
-                )
+        def require(valid: bool, names: str, requirement: str):
+            if not valid:
+                values = ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split())
+                raise ValueError(f"{requirement}, got {values}.")
+
+        branches, sizes = self.num_branches, self.image_sizes
+        require(branches >= 2, "embed_dim", "`embed_dim` must have a width for each of two or more branches")
+        for name, optional_entries in (("patch_size", 0), ("num_heads", 0), ("mlp_ratio", 1)):
+            valid = branches <= len(getattr(self, name)) <= branches + optional_entries
+            require(valid, f"{name} embed_dim", f"`{name}` must have an entry for each of the {branches} branches")
+        require(
+            len(sizes) == branches and all(len(size) == 2 and min(size) > 0 for size in sizes),
+            "image_size",
+            f"`image_size` must be one int, or an int or (height, width) for each of the {branches} branches, above 0",
+        )
+        require(
+            len(self.depth) > 0 and all(len(stage) == branches + 1 and min(stage) >= 0 for stage in self.depth),
+            "depth",
+            f"`depth` must have stages with the layers of each of the {branches} branches and then the cross-attention"
+            f" layers, none negative, such as {(1,) * branches + (0,)}",
+        )
+        for name in ("embed_dim", "num_heads", "patch_size", "mlp_ratio"):
+            require(all(value > 0 for value in getattr(self, name)), name, f"`{name}` must be positive in each branch")
+        for name in ("num_channels", "initializer_range", "layer_norm_eps"):
+            require(getattr(self, name) > 0, name, f"`{name}` must be positive")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
+            require(0 <= getattr(self, name) < 1, name, f"`{name}` must be at least 0 and below 1")
+        require(self.hidden_act in ACT2FN, "hidden_act", f"`hidden_act` must be one of {', '.join(ACT2FN)}")
+
+        for width, heads, size, patch in zip(self.embed_dim, self.num_heads, sizes, self.patch_size):
+            require(width % heads == 0, "embed_dim num_heads", "`embed_dim` must be a multiple of `num_heads`")
+            require(min(size) >= patch, "patch_size image_size", "`patch_size` must not be larger than `image_size`")
+            # Class PatchEmbed of the authors' models/crossvit.py defines these two patch sizes
+            require(
+                not self.multi_conv or (patch in (12, 16) and not any(side % patch for side in size) and width >= 4),
+                "multi_conv patch_size image_size embed_dim",
+                "`multi_conv` needs patches of 12 or 16 pixels, images of whole patches and widths of 4 or more",
+            )
 
     @property
     def num_branches(self) -> int:
