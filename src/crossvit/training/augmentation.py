@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""From images to batches: augmentation by torchvision, the paper's by timm, and plain images for evaluation."""
+"""From images to batches: augmentation by torchvision, by timm for the recipe of the paper, or none for evaluation."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from torchvision.transforms import v2
 
 @dataclass
 class AugmentationArguments:
-    """How images are altered for training, as options of a command. The defaults suit fine-tuning on photos."""
+    """Augmentation as options of a command. The defaults suit fine-tuning on photos."""
 
     crop_scale: list[float] = field(
         default_factory=lambda: [0.35, 1.0],
@@ -53,7 +53,7 @@ class AugmentationArguments:
             raise ValueError(f"`augmentation_repeats` must be 1 or more, got {self.augmentation_repeats}.")
 
     def mixup(self, num_classes: int) -> Mixup | None:
-        """What mixes the images of a batch and their labels, which become probabilities; `None` if nothing does."""
+        """Mixup and CutMix of the images of a batch, whose labels become probabilities; `None` if both are off."""
         if self.mixup_alpha <= 0 and self.cutmix_alpha <= 0:
             return None
         # The loss smooths the labels
@@ -62,13 +62,13 @@ class AugmentationArguments:
 
 class TrainingTransform:
     """
-    Alters the images of rows at random, as `set_transform` and `map` of `datasets` ask for.
+    Augments the images of rows, for `set_transform` and `map` of `datasets`.
 
-    With `auto_augment` this is timm's transform, which is that of the paper; else torchvision's random crop and flip.
+    With `auto_augment` it is timm's transform, as in the paper; otherwise torchvision's random crop and flip.
 
     Args:
-        args ([`AugmentationArguments`]): what is done.
-        processor ([`CrossViTImageProcessor`]): of the model; its size and normalization.
+        args ([`AugmentationArguments`]): the augmentation.
+        processor ([`CrossViTImageProcessor`]): the image processor, for the size and the normalization.
 
     Returns of a call:
         `dict[str, list]`: "pixel_values", of each image (channels, height, width), and "labels".
@@ -120,7 +120,7 @@ def posterize(image: PIL.Image.Image, bits: int, **kwargs) -> PIL.Image.Image:
 
 
 class EvaluationTransform:
-    """As [`TrainingTransform`], of the image processor without any chance."""
+    """As [`TrainingTransform`], by the image processor and without augmentation."""
 
     def __init__(self, processor: Any):
         self.processor = processor
@@ -166,7 +166,7 @@ class Collator:
 
 class RepeatedAugmentationSampler(torch.utils.data.Sampler):
     """
-    Draws each image several times, to be altered in different ways (Hoffer et al. 2020, as in DeiT, section 6).
+    Draws each image several times, to be augmented in different ways (Hoffer et al. 2020, as in DeiT, section 6).
 
     An epoch has as many draws as there are images, so it shows only a part of them. As in DeiT, an image is repeated
     in batches that follow one another, on different devices or accumulated, so that no batch has it twice.

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Exponential moving average of the weights of a model that trains."""
+"""Exponential moving average (EMA) of the weights during training."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,13 +22,13 @@ from torch import nn
 
 class ExponentialMovingAverage:
     """
-    The mean of the trainable weights over the last steps, which often classifies better than the last weights do.
+    An average of the trainable weights over the last steps, which often classifies better than the last weights.
 
     Args:
-        model (`nn.Module`): the average begins with its weights.
+        model (`nn.Module`): the model. The average starts from its weights.
         decay (`float`):
-            Share of the average that stays at each step, between 0 and 1; less at first, `(1 + step) / (10 + step)`,
-            so that a short training is not the average of its beginning.
+            Share of the average that is kept at each step, between 0 and 1. It is at most `(1 + step) / (10 + step)`,
+            so that the initial weights do not dominate a short training run.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -36,25 +36,25 @@ class ExponentialMovingAverage:
         self.parameters: list[torch.Tensor] = [
             parameter for parameter in model.parameters() if parameter.requires_grad
         ]
-        # In single precision at least: half precision has no room for steps of a thousandth
+        # At least in single precision: half precision would round small updates away
         types = [torch.promote_types(parameter.dtype, torch.float32) for parameter in self.parameters]
         self.averages = [parameter.detach().to(dtype, copy=True) for parameter, dtype in zip(self.parameters, types)]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Takes in the weights after this step (from 1)."""
+        """Updates the average after a step, counted from 1."""
         decay = min(self.decay, (1 + step) / (10 + step))
         weights = [parameter.to(average.dtype) for parameter, average in zip(self.parameters, self.averages)]
         torch._foreach_lerp_(self.averages, weights, 1 - decay)
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Gives the model the averages for good."""
+        """Replaces the weights of the model by their averages."""
         torch._foreach_copy_(self.parameters, self.averages)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Gives the model the averages for a while."""
+        """Replaces the weights of the model by their averages inside a `with` block."""
         weights = [parameter.detach().clone() for parameter in self.parameters]
         self.apply()
         try:

@@ -15,7 +15,7 @@
 
 
 class CommandError(ValueError):
-    """What the user did, gave or met, in one line that names it and the remedy."""
+    """A mistake in the options or data of a command, with one line that names it and the remedy."""
 
 
 __all__ = ["CommandError"]

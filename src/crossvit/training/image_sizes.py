@@ -19,7 +19,7 @@ from ..configuration_crossvit import CrossViTConfig
 from ..image_processing_crossvit import CrossViTImageProcessor
 
 
-PAPER_EDGE, PAPER_CROP = 8, 7  # the paper's evaluation cuts 240 out of 274 pixels
+PAPER_EDGE, PAPER_CROP = 8, 7  # the evaluation of the paper crops 240 of 274 pixels
 
 
 def make_image_processor(config: CrossViTConfig) -> CrossViTImageProcessor:
@@ -30,20 +30,20 @@ def make_image_processor(config: CrossViTConfig) -> CrossViTImageProcessor:
 
 
 def set_processor_size(processor: Any, image_size: tuple[int, int], edge: int, crop: int) -> None:
-    """Lets the processor make images of this size: square ones by cutting `crop` out of `edge` pixels."""
+    """Sets the size of the images that a processor makes. Square ones are cropped from `edge` to `crop` pixels."""
     height, width = image_size
     processor.do_resize = processor.do_center_crop = True
     processor.crop_size = {"height": height, "width": width}
-    # Few images have the sides of a rectangle: a centre crop would cut off much of them
+    # A center crop to a rectangle would cut off much of most images
     processor.size = {"shortest_edge": height * edge // crop} if height == width else dict(processor.crop_size)
 
 
 def set_image_size(model: Any, processor: Any, height: int, width: int) -> None:
     """
-    Makes another image size native to a model and its image processor, for good: the first branch takes images of
-    `height` and `width` pixels, the others keep their ratio to it, rounded to whole patches.
+    Changes the native image size of a model and of its image processor. The first branch takes images of `height` and
+    `width` pixels; the others keep their ratio to it, rounded to whole patches.
 
-    The centre crop of square images keeps its share of an image; for other sizes, images are resized to these sides.
+    The center crop of square images keeps its share of the image. Other images are resized without a crop.
 
     Args:
         model ([`CrossViTForImageClassification`]): its position embeddings are interpolated.

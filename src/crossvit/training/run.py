@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A training from images to a saved model, as commands do it, which differ in the model and the recipe."""
+"""What the training commands share: from labelled images to a trained, evaluated and saved model."""
 
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from .metrics import MultiLabelMetric, SingleLabelMetric, save_confusion_matrix
 from .trainer import CrossViTTrainer, last_usable_checkpoint
 
 
-# Of TrainingArguments, where images are concerned or a user of a command expects it
+# Defaults of TrainingArguments that suit images and that users of a command expect
 TRAINING_DEFAULTS: dict[str, Any] = {
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
@@ -42,10 +42,10 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 
 def prepare_images(data: DataArguments, args: TrainingArguments) -> LabelledImages:
     """
-    The images of a training, checked; their summary is printed.
+    Loads and checks the images to train with, and prints a summary.
 
     Raises:
-        `CommandError`: for what is wrong with the images, their labels or these options.
+        `CommandError`: if the images, their labels or these options are wrong.
     """
     if data.data and Path(args.output_dir).resolve().is_relative_to(Path(data.data).expanduser().resolve()):
         raise CommandError(f"--output_dir {args.output_dir}: lies in --data {data.data}; choose a folder elsewhere")
@@ -70,7 +70,7 @@ def make_trainer(
     args: TrainingArguments,
     average_decay: float | None = None,
 ) -> CrossViTTrainer:
-    """The Trainer of a model with these images; the best checkpoint is that of the best accuracy (many labels: F1)."""
+    """Creates the Trainer. The best checkpoint has the best accuracy, or the best F1 if images have several labels."""
     metric = MultiLabelMetric() if images.multi_label else SingleLabelMetric()
     if images.multi_label and args.metric_for_best_model == "accuracy":
         args.metric_for_best_model = "f1"
@@ -98,14 +98,14 @@ def make_trainer(
 
 
 def transformed(split: Any, transform: Any) -> Any:
-    """The rows of a split or stream as the transform makes them, when they are asked for."""
+    """Applies a transform to the rows of a split or stream when they are read."""
     if isinstance(split, datasets.Dataset):
         return split.with_transform(transform)
     return split.map(transform, batched=True, batch_size=32, remove_columns=["image", "labels"])
 
 
 def train(trainer: CrossViTTrainer) -> None:
-    """Trains, or goes on with a training that was stopped, from its last usable checkpoint."""
+    """Trains, or resumes from the last usable checkpoint in the output folder."""
     checkpoint = last_usable_checkpoint(trainer.args.output_dir)
     if checkpoint and trainer.args.should_log:
         print(f"Going on from {checkpoint}", flush=True)
@@ -113,7 +113,7 @@ def train(trainer: CrossViTTrainer) -> None:
 
 
 def finish(trainer: CrossViTTrainer, images: LabelledImages, data: DataArguments) -> None:
-    """Evaluates the trained model on all that was not trained with, saves it, and pushes it to the Hub on request."""
+    """Saves the trained model, evaluates it on the other splits, and pushes it to the Hub on request."""
     output = Path(trainer.args.output_dir)
     trainer.save_model(_internal_call=True)  # first of all, and without a push
     for name, split in images.splits.items():
