@@ -45,8 +45,7 @@ if TYPE_CHECKING:
     Program = Callable[[torch.Tensor], torch.Tensor]  # pixel values -> logits
 
 
-FORMATS = ("torch", "onnx", "onnx-int8", "openvino", "openvino-int8")  # by default
-MORE_FORMATS = ("torchao-int8", "executorch")  # whose packages the extra "export" does not install
+FORMATS = ("torch", "onnx", "onnx-int8", "openvino", "openvino-int8")
 TOLERANCE = 1e-4  # between the logits of a float32 program and those of the model
 BATCH_SIZES = (1, 8)  # to measure speed with
 
@@ -94,29 +93,21 @@ def quiet() -> Iterator[None]:
 
 
 def save_program(name: str, model: Any, calibration: torch.Tensor, folder: Path) -> None:
-    """Exports a model with Transformers' exporter for a format, or quantizes it with torchao."""
+    """Exports a model with Transformers' exporter for a format."""
     import torch
-    from transformers import TorchAoConfig, exporters
+    from transformers import exporters
 
     samples = [{"pixel_values": image[None]} for image in calibration]
     sample: dict[str, Any] = {"pixel_values": calibration[:1].repeat(2, 1, 1, 1)}
     shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1)}}
     config: Any
-    match name:
+    match name.removesuffix("-int8"):
         case "torch":
             config = exporters.DynamoConfig(dynamic=True, dynamic_shapes=shapes)
-        case "onnx" | "onnx-int8":
+        case "onnx":
             config = exporters.OnnxConfig(dynamic=True, dynamic_shapes=shapes)
-        case "openvino" | "openvino-int8":
+        case "openvino":
             config = exporters.OpenVINOConfig(dynamic=True, dynamic_shapes=shapes)
-        case "executorch":  # keeps the batch size of the sample
-            config, sample = exporters.ExecutorchConfig(backend="xnnpack"), samples[0]
-        case "torchao-int8":
-            from torchao.quantization import Int8WeightOnlyConfig
-
-            # Activations in int8 would be faster, but only after `torch.compile`, a minute in each process
-            options = {"dtype": torch.bfloat16, "quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}
-            return type(model).from_pretrained(model.name_or_path, **options).save_pretrained(folder)
     if name == "onnx-int8":
         from onnxruntime.quantization import QuantType
 
@@ -139,12 +130,8 @@ def load_program(name: str, folder: Path, precision: str = "f32") -> Program:
     import torch
     from transformers.exporters import ExportedModel
 
-    from crossvit import CrossViTForImageClassification
-
     options: dict[str, Any] = {}
-    match name.partition("-")[0]:
-        case "torchao":
-            return eager(CrossViTForImageClassification.from_pretrained(folder))
+    match name.removesuffix("-int8"):
         case "torch":
             options["trust_remote_code"] = True  # The program is a pickle
         case "onnx":
@@ -156,8 +143,6 @@ def load_program(name: str, folder: Path, precision: str = "f32") -> Program:
             options["config"] = {"INFERENCE_PRECISION_HINT": precision}
             options["config"]["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
     program = ExportedModel.from_pretrained(folder, device="cpu", **options)
-    if name == "executorch":
-        return lambda batch: torch.cat([program(pixel_values=image).logits for image in batch.split(1)])
     return lambda batch: program(pixel_values=batch).logits
 
 
@@ -231,21 +216,14 @@ options = {{"INFERENCE_PRECISION_HINT": "f32"}}  # or "bf16"
 program = openvino.compile_model("{folder}/openvino_model.xml", "CPU", options)
 logits = program({{"pixel_values": pixel_values.numpy()}})["logits"]
 """,
-    "torchao": """\
-from transformers import AutoModelForImageClassification
-
-model = AutoModelForImageClassification.from_pretrained("{folder}").eval()
-logits = model(pixel_values.to(model.dtype)).logits
-""",
 }
-USAGE["executorch"] = USAGE["torch"]
 
 
 def make_guide(names: list[str], table: str) -> str:
     """The README.md: the table, and how to run each program."""
     guide = GUIDE.format(table=table, folder=names[0])
     for name in names:
-        usage = USAGE[name.partition("-")[0]].format(folder=name)
+        usage = USAGE[name.removesuffix("-int8")].format(folder=name)
         guide += f"\n## {name}\n\n```python\n{usage}print(id2label[logits[0].argmax().item()])\n```\n"
     return guide
 
@@ -256,7 +234,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--data", required=True, help="folder of images, or data set on the Hub, as for finetune.py")
     add("--model", default="timm/crossvit_15_dagger_240.in1k", help="folder or Hub id; default: %(default)s")
     add("--output_dir", type=Path, default=Path("outputs/export"), help="new or empty; default: %(default)s")
-    add("--formats", nargs="+", choices=FORMATS + MORE_FORMATS, default=FORMATS, help=f"default: {' '.join(FORMATS)}")
+    add("--formats", nargs="+", choices=FORMATS, default=FORMATS, help="default: all")
     add("--validation_fraction", type=float, default=0.1, help="of data without such a split; default: %(default)s")
     add("--calibration_images", type=int, default=300, help="at most; default: %(default)s")
     add("--test_images", type=int, default=1000, help="at most; default: %(default)s")
