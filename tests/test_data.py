@@ -238,10 +238,12 @@ def test_images_are_rgb_and_upright(source, streaming):
 def test_places_without_labelled_images_are_named(source, tmp_path):
     assert "give --data" in refused("")
     assert f"{source}: no data set in such a folder or on the Hub" in refused(source)
-    assert "a file, not a folder" in refused(write_files(tmp_path, {"image.png": image_bytes()}) / "image.png")
+    assert "no data set in such a folder" in refused(write_files(tmp_path, {"image.png": image_bytes()}) / "image.png")
     (write_images(source) / "dog").mkdir()
     assert f"{source}/dog: a folder without images" in refused(source)
     write_images(tmp_path / "flat", classes=["."])
     assert "which column has the labels?" in refused(tmp_path / "flat")
     write_images(tmp_path / "test-only", ["test"])
     assert "no split 'train', only 'test'" in refused(tmp_path / "test-only")
+    save(tmp_path / "twice", train=image_rows(LABELS), val=image_rows(LABELS), dev=image_rows(LABELS))
+    assert "two of the splits train, val, dev mean the same" in refused(tmp_path / "twice")

@@ -98,14 +98,14 @@ class LabelledImages:
             `CommandError`: if images or labels are missing, not found, or do not fit together.
         """
         splits = with_common_columns(source, load_splits(source))
-        reference = splits.get("train", next(iter(splits.values())))
-        feature = reference.features["labels"]
+        feature = next(iter(splits.values())).features["labels"]
         multi_label = hasattr(feature, "feature")
         for name, split in splits.items():
             if split.features["labels"] != feature:
                 raise CommandError(f"{source.data}: the labels of {name!r} have other names than those of the rest")
         if not isinstance(feature.feature if multi_label else feature, datasets.ClassLabel):
-            splits, feature = with_class_labels(source, splits, reference)
+            splits = with_class_labels(source, splits, feature)
+            feature = next(iter(splits.values())).features["labels"]
         test = splits.get("test")
         if isinstance(test, datasets.Dataset) and not multi_label and set(test["labels"]) == {-1}:
             del splits["test"]
@@ -113,12 +113,16 @@ class LabelledImages:
         images.check_labels()
         return images
 
+    @property
+    def is_stream(self) -> bool:
+        return any(isinstance(split, datasets.IterableDataset) for split in self.splits.values())
+
     def check_labels(self) -> None:
-        """Raises a `CommandError` for labels that are not those of a class."""
+        """Raises a `CommandError` for labels that are not those of a class; a stream is not checked."""
+        if self.is_stream:
+            return
+        valid = range(len(self.class_names))
         for name, split in self.splits.items():
-            if isinstance(split, datasets.IterableDataset):
-                continue
-            valid = range(len(self.class_names))
             rows = enumerate(labels_of(split, self.multi_label))
             wrong = [row for row, labels in rows if not all(label in valid for label in labels)]
             if wrong:
@@ -130,34 +134,28 @@ class LabelledImages:
 
     def for_training(self, validation_fraction: float, seed: int) -> "LabelledImages":
         """
-        The splits "train", "validation" (held out of "train", in the proportions of the classes, if there is none) and
-        "test" (if there is one).
+        Only the splits "train", "validation" (if there is none, held out of "train" in the proportions of the classes)
+        and "test" (if there is one).
 
         Raises:
-            `CommandError`: if there is nothing to train with, or the validation images of a stream or of a class that
-                "train" does not have cannot be used.
+            `CommandError`: if there is no split "train", no validation images can be held out, or they have classes
+                that "train" does not have.
         """
         if "train" not in self.splits:
             raise CommandError(f"the data set has no split 'train', only {some(map(repr, self.splits))}")
-        splits: dict[str, Any] = {
-            name: self.splits[name] for name in ("train", "validation", "test") if name in self.splits
-        }
-        is_stream = isinstance(splits["train"], datasets.IterableDataset)
+        splits = {name: split for name, split in self.splits.items() if name in SPLIT_NAMES.values()}
         if "validation" not in splits:
-            if is_stream:
+            if self.is_stream:
                 raise CommandError("a stream cannot be split: the data set needs a split 'validation'")
             try:
                 parts = splits["train"].train_test_split(
                     validation_fraction, stratify_by_column=None if self.multi_label else "labels", seed=seed
                 )
-            except ValueError as error:  # of scikit-learn's words, such as a class of one image
+            except ValueError as error:  # in scikit-learn's words, such as for a class of one image
                 raise CommandError(f"--validation_fraction {validation_fraction}: {error}") from error
             splits |= {"train": parts["train"], "validation": parts["test"]}
-        if not is_stream:
-            classes = {
-                name: set(itertools.chain.from_iterable(labels_of(split, self.multi_label)))
-                for name, split in splits.items()
-            }
+        if not self.is_stream:
+            classes = {name: set(itertools.chain(*labels_of(splits[name], self.multi_label))) for name in splits}
             for name in splits:
                 if unknown := sorted(classes[name] - classes["train"]):
                     names = some(self.class_names[index] for index in unknown)
@@ -171,10 +169,10 @@ class LabelledImages:
         Raises:
             `CommandError`: that names images that cannot be decoded, or have more than 8 bits per channel.
         """
+        if self.is_stream:
+            return
         transparent = 0
         for name, split in self.splits.items():
-            if isinstance(split, datasets.IterableDataset):
-                continue
             findings = split.cast_column("image", datasets.Image(decode=False)).map(
                 inspect_image,
                 input_columns="image",
@@ -190,28 +188,25 @@ class LabelledImages:
             transparent += sum(findings["transparent"])
         if transparent:
             warnings.warn(
-                f"{transparent} images have transparent pixels, whose hidden colors the model will see: paint them on"
-                " a background if that is not what you want.",
+                f"{transparent} images have transparent pixels; the model sees the colors beneath. Paint them on a"
+                " background if that is not what you want.",
                 stacklevel=2,
             )
 
     def summary(self) -> str:
         """What was found, in one line."""
         sizes = [
-            f"{name} (stream)" if isinstance(split, datasets.IterableDataset) else f"{len(split):,} {name}"
-            for name, split in self.splits.items()
+            f"{name} (stream)" if self.is_stream else f"{len(split):,} {name}" for name, split in self.splits.items()
         ]
         kind = "labels" if self.multi_label else "classes"
         return f"Images: {', '.join(sizes)}; {len(self.class_names)} {kind}: {some(self.class_names)}"
 
 
 def load_splits(source: ImageSource) -> dict[str, Any]:
-    """The splits of a data set as they are, under their common names."""
+    """The splits of a data set as they are, by their common names; "train" comes first if there is one."""
     folder = Path(source.data).expanduser()
     if not source.data:
         raise CommandError("give --data, a folder of images or a data set of the Hub")
-    if folder.is_file():
-        raise CommandError(f"{source.data}: a file, not a folder of images")
     loaded: Any
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         loaded = datasets.load_from_disk(str(folder))
@@ -227,15 +222,10 @@ def load_splits(source: ImageSource) -> dict[str, Any]:
             )
         except (OSError, ValueError) as error:  # a typo, no network, a missing configuration
             raise CommandError(f"{source.data}: no data set in such a folder or on the Hub ({error})") from error
-    splits: dict[str, Any] = {}
-    for name, split in loaded.items():
-        if isinstance(split, datasets.Dataset) and not len(split):
-            raise CommandError(f"{source.data}: the split {name!r} has no images")
-        common = SPLIT_NAMES.get(name, name)
-        if common in splits:
-            raise CommandError(f"{source.data}: two splits mean {common!r}, one of them {name!r}: rename one")
-        splits[common] = split
-    return splits
+    splits = {SPLIT_NAMES.get(name, name): split for name, split in loaded.items()}
+    if len(splits) < len(loaded):
+        raise CommandError(f"{source.data}: two of the splits {some(loaded)} mean the same: rename one")
+    return dict(sorted(splits.items(), key=lambda item: item[0] != "train"))
 
 
 def load_image_folder(folder: Path, streaming: bool) -> dict[str, Any]:
@@ -249,9 +239,8 @@ def load_image_folder(folder: Path, streaming: bool) -> dict[str, Any]:
     if not streaming:
         found = set()
         for split in splits.values():
-            if "image" in split.features:
-                rows = split.cast_column("image", datasets.Image(decode=False))["image"]
-                found |= {os.path.normpath(row["path"]) for row in rows}
+            rows = split.cast_column("image", datasets.Image(decode=False))["image"]
+            found |= {os.path.normpath(row["path"]) for row in rows}
         if on_disk != found:
             raise CommandError(
                 f"{folder}: {len(on_disk - found)} of {len(on_disk)} image files are not in the data set that"
@@ -300,7 +289,7 @@ def with_common_columns(source: ImageSource, splits: dict[str, Any]) -> dict[str
     """The splits with the columns "image", decoded as RGB, and "labels"."""
     # Some streams know their columns only after a look at the first row
     splits = {name: split if split.features else split._resolve_features() for name, split in splits.items()}
-    features = splits.get("train", next(iter(splits.values()))).features
+    features = next(iter(splits.values())).features
     image_column = source.image_column or only_column(source.data, "image", features)
     label_column = source.label_column or only_column(source.data, "label", features)
     for name, split in splits.items():
@@ -309,8 +298,6 @@ def with_common_columns(source: ImageSource, splits: dict[str, Any]) -> dict[str
                 f"{source.data}: {name!r} has no column {some(missing)}, only {', '.join(split.features)}; name the"
                 " columns with --image_column and --label_column"
             )
-        if not isinstance(split.features[image_column], datasets.Image):
-            raise CommandError(f"{source.data}: {image_column!r} holds {split.features[image_column]}, not images")
         # Before the columns of a stream are renamed, which decodes its images
         split = split.cast_column(image_column, datasets.Image(mode="RGB"))
         split = split.select_columns([image_column, label_column])
@@ -338,9 +325,8 @@ def only_column(source: str, kind: str, features: datasets.Features) -> str:
     return columns[0]
 
 
-def with_class_labels(source: ImageSource, splits: dict[str, Any], reference: Any) -> tuple[dict[str, Any], Any]:
-    """Makes classes of labels that are texts or whole numbers, those of the reference split; returns their feature."""
-    feature = reference.features["labels"]
+def with_class_labels(source: ImageSource, splits: dict[str, Any], feature: Any) -> dict[str, Any]:
+    """The splits with classes instead of texts or whole numbers: the values that occur in the first split."""
     multi_label = hasattr(feature, "feature")
     dtype = str(getattr(feature.feature if multi_label else feature, "dtype", None))
     if source.streaming or not (dtype in ("string", "large_string", "bool") or "int" in dtype):
@@ -355,13 +341,12 @@ def with_class_labels(source: ImageSource, splits: dict[str, Any], reference: An
 
     splits = cast(datasets.Value("string"))
     values = {name: set(itertools.chain(*labels_of(split, multi_label))) - {None} for name, split in splits.items()}
-    known = values.get("train", next(iter(values.values())))
+    known = next(iter(values.values()))
     for name in splits:
         # `datasets` would read an unknown number as the index of a class
         if unknown := values[name] - known:
             raise CommandError(f"labels of {name!r} that 'train' does not have: {some(sorted(unknown))}")
-    splits = cast(datasets.ClassLabel(names=sorted(known, key=int if "int" in dtype else str)))
-    return splits, next(iter(splits.values())).features["labels"]
+    return cast(datasets.ClassLabel(names=sorted(known, key=int if "int" in dtype else str)))
 
 
 def labels_of(split: datasets.Dataset, multi_label: bool) -> Iterable[list[Any]]:
