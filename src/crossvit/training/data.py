@@ -222,7 +222,7 @@ def load_splits(source: ImageSource) -> dict[str, Any]:
             )
         except (OSError, ValueError) as error:  # a typo, no network, a missing configuration
             raise CommandError(f"{source.data}: no data set in such a folder or on the Hub ({error})") from error
-    splits = {SPLIT_NAMES.get(name, name): split for name, split in loaded.items()}
+    splits = {SPLIT_NAMES.get(name.lower(), name): split for name, split in loaded.items()}
     if len(splits) < len(loaded):
         raise CommandError(f"{source.data}: two of the splits {some(loaded)} mean the same: rename one")
     return dict(sorted(splits.items(), key=lambda item: item[0] != "train"))
@@ -255,34 +255,31 @@ def find_images(folder: Path) -> set[str]:
     images = set()
     for path, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
-        found = [name for name in files if is_image_file(name)]
+        found = [
+            name for name in files if not name.startswith(".") and Path(name).suffix.lower() in ImageFolder.EXTENSIONS
+        ]
         if not found and not folders:
             raise CommandError(f"{path}: a folder without images; remove it, or put images into it")
         images |= {os.path.join(path, name) for name in found}
     return images
 
 
-def is_image_file(name: str) -> bool:
-    return not name.startswith(".") and Path(name).suffix.lower() in ImageFolder.EXTENSIONS
-
-
 def split_folders(folder: Path) -> dict[str, Path]:
-    """The folders of the splits by their common names; "train" is the folder itself if it has none."""
+    """The folders of the splits by their names; "train" is the folder itself if it has none."""
     top = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
-    splits = [path for path in top if path.name.lower() in SPLIT_NAMES]
-    others = [path.name for path in top if path not in splits]
-    if others and not any(child.is_dir() for path in splits for child in path.iterdir()):
-        splits = []  # the classes of a data set, one of which is called "train"
+    splits = {path.name: path for path in top if path.name.lower() in SPLIT_NAMES}
+    others = [path.name for path in top if path.name not in splits]
+    if others and not any(child.is_dir() for path in splits.values() for child in path.iterdir()):
+        splits = {}  # the classes of a data set, one of which is called "train"
     if not splits:
         return {"train": folder}
-    names = [SPLIT_NAMES[path.name.lower()] for path in splits]
-    metadata = [name for name in ImageFolder.METADATA_FILENAMES if (folder / name).is_file()]
-    if others or metadata or len(set(names)) < len(names):
+    others += [name for name in ImageFolder.METADATA_FILENAMES if (folder / name).is_file()]
+    if others:
         raise CommandError(
-            f"{folder}: beside the splits {some(path.name for path in splits)} there must be no other folders, no"
-            f" metadata and no second split of the same meaning, found {some([*others, *metadata]) or 'the latter'}"
+            f"{folder}: beside the splits {some(splits)} there must be no other folders and no metadata, found"
+            f" {some(others)}"
         )
-    return dict(zip(names, splits))
+    return splits
 
 
 def with_common_columns(source: ImageSource, splits: dict[str, Any]) -> dict[str, Any]:
@@ -292,17 +289,16 @@ def with_common_columns(source: ImageSource, splits: dict[str, Any]) -> dict[str
     features = next(iter(splits.values())).features
     image_column = source.image_column or only_column(source.data, "image", features)
     label_column = source.label_column or only_column(source.data, "label", features)
+    columns = {image_column: "image", label_column: "labels"}
     for name, split in splits.items():
-        if missing := {image_column, label_column} - set(split.features):
+        if missing := columns.keys() - set(split.features):
             raise CommandError(
                 f"{source.data}: {name!r} has no column {some(missing)}, only {', '.join(split.features)}; name the"
                 " columns with --image_column and --label_column"
             )
         # Before the columns of a stream are renamed, which decodes its images
-        split = split.cast_column(image_column, datasets.Image(mode="RGB"))
-        split = split.select_columns([image_column, label_column])
-        new_names = {image_column: "image", label_column: "labels"}
-        splits[name] = split.rename_columns({old: new for old, new in new_names.items() if old != new})
+        split = split.cast_column(image_column, datasets.Image(mode="RGB")).select_columns(list(columns))
+        splits[name] = split.rename_columns({old: new for old, new in columns.items() if old != new})
     return splits
 
 
