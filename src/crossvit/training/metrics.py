@@ -12,10 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Metrics of image classification by scikit-learn, as metrics of the library evaluate that need no script from the Hub.
+scikit-learn's metrics of image classification, as metrics of the library evaluate that need no script from the Hub.
 
-Each one has what the Trainer asks for: `Trainer(..., compute_metrics=metric.of_prediction,
-preprocess_logits_for_metrics=metric.reduce_logits)`.
+The Trainer takes `compute_metrics=metric.of_prediction, preprocess_logits_for_metrics=metric.reduce_logits`.
 """
 
 from pathlib import Path
@@ -35,7 +34,7 @@ MAX_NAMES = 40  # more class names do not fit beside a confusion matrix
 
 
 class OfflineMetric(evaluate.Metric):
-    """A metric in memory, whose features are those of a prediction and a reference."""
+    """A metric in memory, with the features of a prediction and a reference."""
 
     columns: dict[str, Any]
 
@@ -47,14 +46,17 @@ class OfflineMetric(evaluate.Metric):
             description=self.__doc__, citation="", features=datasets.Features(self.columns), inputs_description=""
         )
 
+    def of_prediction(self, prediction: EvalPrediction) -> dict[str, float]:
+        return self.compute(predictions=prediction.predictions, references=np.asarray(prediction.label_ids, dtype=int))
+
 
 class SingleLabelMetric(OfflineMetric):
     """
     Accuracy and macro F1 of images with one label each, and top-5 accuracy if there are more than five classes.
 
     Inputs:
-        predictions (`list[list[int]]`): the classes of an image, the most likely first, of `reduce_logits`.
-        references (`list[int]`): its class; images with -100 do not count.
+        predictions (`list[list[int]]`): the most likely classes of each image, from `reduce_logits`.
+        references (`list[int]`): the class of each image; images with -100 do not count.
 
     Results:
         `dict[str, float]`: "accuracy", "f1" (the mean over all classes that occur) and "top5_accuracy".
@@ -74,11 +76,8 @@ class SingleLabelMetric(OfflineMetric):
         return results
 
     def reduce_logits(self, logits: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """Of logits (batch, classes) the five most likely classes (batch, 5), or the best (batch, 1) of up to five."""
+        """Logits (batch, classes) to the five most likely classes (batch, 5), or to the best of up to five (batch, 1)."""
         return logits.topk(TOP_K if logits.shape[-1] > TOP_K else 1).indices
-
-    def of_prediction(self, prediction: EvalPrediction) -> dict[str, float]:
-        return self.compute(predictions=prediction.predictions, references=prediction.label_ids)
 
 
 class MultiLabelMetric(OfflineMetric):
@@ -90,8 +89,8 @@ class MultiLabelMetric(OfflineMetric):
         references (`list[list[int]]`): likewise.
 
     Results:
-        `dict[str, float]`: "label_accuracy" of single labels, "exact_match" of all labels of an image, "f1": the mean
-        over the classes, and "micro_f1": over all labels.
+        `dict[str, float]`: "label_accuracy" of single labels, "exact_match" of all labels of an image, "f1" (the mean
+        over the classes) and "micro_f1" (over all labels).
     """
 
     columns = dict.fromkeys(("predictions", "references"), datasets.Sequence(datasets.Value("int64")))
@@ -106,21 +105,14 @@ class MultiLabelMetric(OfflineMetric):
         }
 
     def reduce_logits(self, logits: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """The predictions (batch, classes), zeros and ones."""
+        """Logits (batch, classes) to predictions (batch, classes) of zeros and ones."""
         return (logits >= 0).long()
-
-    def of_prediction(self, prediction: EvalPrediction) -> dict[str, float]:
-        return self.compute(predictions=prediction.predictions, references=np.asarray(prediction.label_ids, dtype=int))
 
 
 def save_confusion_matrix(path: Path, prediction: Any, class_names: list[str]) -> None:
     """
-    Draws the share of the images of each class, the row, by their predicted class.
-
-    Args:
-        path (`Path`): of the picture.
-        prediction ([`~transformers.trainer_utils.PredictionOutput`]): of [`SingleLabelMetric`].
-        class_names (`list[str]`): of all classes.
+    Draws how often each class, a row of the picture, is predicted as each class, relative to its number of images.
+    `prediction` comes from a Trainer with a [`SingleLabelMetric`].
     """
     side = min(4 + 0.35 * len(class_names), 16)
     figure = Figure(figsize=(side + 1.2, side), layout="constrained")
