@@ -76,7 +76,7 @@ class SingleLabelMetric(OfflineMetric):
         return results
 
     def reduce_logits(self, logits: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits (batch, classes) to the five most likely classes (batch, 5), or to the best of up to five (batch, 1)."""
+        """Logits (batch, classes) to the five most likely classes (batch, 5), or the best of up to five (batch, 1)."""
         return logits.topk(TOP_K if logits.shape[-1] > TOP_K else 1).indices
 
 
