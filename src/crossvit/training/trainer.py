@@ -159,19 +159,21 @@ class CrossViTTrainer(Trainer):
             {name: round(value, 4) if isinstance(value, float) else value for name, value in sorted(entry.items())}
             for entry in log_history
         ]
-        tags = ["image-classification", "vision", "crossvit", "generated_from_trainer"]
-        origin = find_base_model(config) or ""
-        super().create_model_card(
-            **{"tasks": "image-classification", "tags": tags, "finetuned_from": origin, **kwargs}
-        )
+        known: dict[str, Any] = {
+            "tasks": "image-classification",
+            "tags": ["image-classification", "vision", "crossvit", "generated_from_trainer"],
+            "finetuned_from": find_base_model(config),
+        }
+        super().create_model_card(**{**known, **kwargs})
         self.state.log_history = log_history
         if self.is_world_process_zero():
             card = Path(self.args.output_dir) / "README.md"
-            unknown = "is a fine-tuned version of [](https://huggingface.co/)"
-            known = "was trained from scratch"
+            text = card.read_text(encoding="utf-8")
+            origin = "was trained from scratch"
             if config._name_or_path:
-                known = "is a fine-tuned version of a local checkpoint"
-            card.write_text(card.read_text(encoding="utf-8").replace(unknown, known), encoding="utf-8")
+                origin = "is a fine-tuned version of a local checkpoint"
+            text = text.replace("is a fine-tuned version of [](https://huggingface.co/)", origin)
+            card.write_text(text, encoding="utf-8")
 
     def train(self, *args, **kwargs) -> Any:
         """As [`~transformers.Trainer.train`]. The model has the average of its weights afterwards, if there is one."""
@@ -186,13 +188,9 @@ class CrossViTTrainer(Trainer):
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.average is None else self.average.applied()
 
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+    def evaluation_loop(self, *args, **kwargs) -> Any:
         with self.averaged():
-            return super().evaluate(*args, **kwargs)
-
-    def predict(self, *args, **kwargs) -> Any:
-        with self.averaged():
-            return super().predict(*args, **kwargs)
+            return super().evaluation_loop(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with self.averaged():
@@ -248,12 +246,9 @@ def last_usable_checkpoint(output_dir: str | Path) -> str | None:
     The newest checkpoint of a run whose `trainer_state.json`, which the Trainer writes last, is there and whose
     weights load; [`~transformers.trainer_utils.get_last_checkpoint`] returns what a killed process began to write.
     """
-    checkpoints = [
-        folder
-        for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if folder.name.rpartition("-")[2].isdecimal()
-    ]
-    for checkpoint in sorted(checkpoints, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True):
+    folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    checkpoints = {int(step): folder for folder in folders if (step := folder.name.rpartition("-")[2]).isdecimal()}
+    for _, checkpoint in sorted(checkpoints.items(), reverse=True):
         try:
             TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
             for file in checkpoint.glob("*.safetensors"):
@@ -265,16 +260,16 @@ def last_usable_checkpoint(output_dir: str | Path) -> str | None:
     return None
 
 
-def find_base_model(config: CrossViTConfig) -> str | None:
-    """The repository that a model was loaded from, or that the folder it was loaded from names as its origin."""
-    origin = Path(config._name_or_path)
-    if not origin.is_dir() or not config._name_or_path:
-        return config._name_or_path or None
-    record, card = origin / "conversion.json", origin / "README.md"
+def find_base_model(config: CrossViTConfig) -> str:
+    """The repository that a model, or the checkpoint in a folder that it was loaded from, comes from; else ""."""
+    name = config._name_or_path
+    if not name or not Path(name).is_dir():
+        return name
+    record, card = Path(name) / "conversion.json", Path(name) / "README.md"
     if record.is_file():
-        return json.loads(record.read_text(encoding="utf-8")).get("source", {}).get("repository")
+        return json.loads(record.read_text(encoding="utf-8")).get("source", {}).get("repository") or ""
     base = ModelCard.load(card).data.get("base_model") if card.is_file() else None
-    return base if isinstance(base, str) else None
+    return base if isinstance(base, str) else ""
 
 
 def base_model(model: Any) -> Any:
