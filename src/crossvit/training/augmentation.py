@@ -153,14 +153,12 @@ class Collator:
             labels = torch.zeros(len(rows), self.num_classes)
             for row, ones in zip(rows, labels):
                 ones[row["labels"]] = 1
-            return {"pixel_values": pixel_values, "labels": labels}
-        labels = torch.tensor([row["labels"] for row in rows])
-        if self.mixup is None:
-            return {"pixel_values": pixel_values, "labels": labels}
-        if len(rows) % 2:  # timm mixes pairs: a last batch of odd length stays as it is
-            labels = nn.functional.one_hot(labels, self.num_classes).to(pixel_values.dtype)
         else:
+            labels = torch.tensor([row["labels"] for row in rows])
+        if self.mixup is not None and len(rows) % 2 == 0:
             pixel_values, labels = self.mixup(pixel_values, labels)
+        elif self.mixup is not None:  # timm mixes pairs: a last batch of odd length stays as it is
+            labels = nn.functional.one_hot(labels, self.num_classes).to(pixel_values.dtype)
         return {"pixel_values": pixel_values, "labels": labels}
 
 
