@@ -40,7 +40,7 @@ class AugmentationArguments:
     mixup_alpha: float = field(default=0.0, metadata={"help": "Mixup, 0 for none; with cutmix, either by chance."})
     cutmix_alpha: float = field(default=0.0, metadata={"help": "Cutmix, 0 for none."})
     augmentation_repeats: int = field(
-        default=1, metadata={"help": "Times that an image is shown in a row (repeated augmentation)."}
+        default=1, metadata={"help": "How often each image that is drawn is repeated (repeated augmentation)."}
     )
 
     def __post_init__(self):
@@ -135,13 +135,13 @@ class Collator:
     Makes a batch of transformed rows.
 
     Args:
-        num_classes (`int`): all labels are smaller.
+        num_classes (`int`): number of classes.
         multi_label (`bool`): whether labels are lists, which become rows of zeros and ones.
         mixup ([`~timm.data.Mixup`], *optional*): mixes images with one label each.
 
     Returns of a call:
-        `dict[str, torch.Tensor]`: "pixel_values" (batch, channels, height, width), and "labels": (batch) classes;
-        (batch, classes) ones for each label of an image, or probabilities if images are mixed.
+        `dict[str, torch.Tensor]`: "pixel_values" (batch, channels, height, width) and "labels": classes (batch), or
+        (batch, classes) zeros and ones if `multi_label`, probabilities if images are mixed.
     """
 
     def __init__(self, num_classes: int, multi_label: bool = False, mixup: Mixup | None = None):
@@ -166,8 +166,8 @@ class RepeatedAugmentationSampler(torch.utils.data.Sampler):
     """
     Draws each image several times, to be augmented in different ways (Hoffer et al. 2020, as in DeiT, section 6).
 
-    An epoch has as many draws as there are images, so it shows only a part of them. As in DeiT, an image is repeated
-    in batches that follow one another, on different devices or accumulated, so that no batch has it twice.
+    An epoch has as many draws as there are images, so it shows only some of them. As in DeiT, no batch has an image
+    twice: it is repeated in consecutive batches, on different devices or accumulated.
 
     Args:
         length (`int`): number of images.
@@ -194,7 +194,7 @@ class RepeatedAugmentationSampler(torch.utils.data.Sampler):
 
 
 def output_size(processor: Any) -> tuple[int, int]:
-    """The height and width in pixels of what an image processor makes."""
+    """The height and width in pixels of an image processor's output."""
     size = processor.crop_size if processor.do_center_crop else processor.size
     if not size.get("height") or not size.get("width"):
         raise ValueError(f"The image processor must make images of one size, got {size}: set `do_center_crop`.")

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Image data sets for training and evaluation: `datasets` loads, splits and decodes them; what is wrong is named."""
+"""Image data sets for training and evaluation: loaded, split and decoded by `datasets`, and checked here."""
 
 import glob
 import itertools
@@ -28,7 +28,7 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from .errors import CommandError
 
 
-# The names of split folders and of splits, and what they are called here
+# The usual names of splits and of their folders, and the names used here
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
@@ -38,7 +38,7 @@ SPLIT_NAMES = {
 
 @dataclass
 class ImageSource:
-    """Where images and labels are read from, as options of a command."""
+    """The source of images and labels, as options of a command."""
 
     data: str = field(
         default="",
@@ -51,7 +51,7 @@ class ImageSource:
     data_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of it on the Hub."})
     image_column: str | None = field(default=None, metadata={"help": "Default: the only column of images."})
     label_column: str | None = field(default=None, metadata={"help": "Default: the only column of class labels."})
-    streaming: bool = field(default=False, metadata={"help": "Read images when they are needed, not beforehand."})
+    streaming: bool = field(default=False, metadata={"help": "Read images only when they are needed."})
 
 
 @dataclass
@@ -59,7 +59,7 @@ class DataArguments(ImageSource):
     """Images to train with, as options of a command."""
 
     shuffle_buffer_size: int = field(
-        default=10_000, metadata={"help": "Images of a stream among which the next one is drawn."}
+        default=10_000, metadata={"help": "Number of images of a stream that are shuffled at a time."}
     )
     validation_fraction: float = field(
         default=0.1, metadata={"help": "Share of the training images held out if there is no validation split."}
@@ -79,7 +79,7 @@ class LabelledImages:
             By name ("train", "validation", "test" or others), rows of "image" (decoded, RGB) and "labels": the index
             of a class, or the list of the indices of several.
         class_names (`list[str]`):
-            What the indices mean.
+            The name of each class, by its index.
         multi_label (`bool`):
             Whether an image has any number of labels instead of one.
     """
@@ -95,14 +95,14 @@ class LabelledImages:
         left out.
 
         Raises:
-            `CommandError`: if images or labels are missing, not found, or do not fit together.
+            `CommandError`: if images or labels are missing or do not match.
         """
         splits = with_common_columns(source, load_splits(source))
         feature = next(iter(splits.values())).features["labels"]
         multi_label = hasattr(feature, "feature")
         for name, split in splits.items():
             if split.features["labels"] != feature:
-                raise CommandError(f"{source.data}: the labels of {name!r} have other names than those of the rest")
+                raise CommandError(f"{source.data}: the classes of {name!r} differ from those of the other splits")
         if not isinstance(feature.feature if multi_label else feature, datasets.ClassLabel):
             splits = with_class_labels(source, splits, feature)
             feature = next(iter(splits.values())).features["labels"]
@@ -167,7 +167,7 @@ class LabelledImages:
         Decodes the images on disk once, some milliseconds each, on all cores; `datasets` remembers the result.
 
         Raises:
-            `CommandError`: that names images that cannot be decoded, or have more than 8 bits per channel.
+            `CommandError`: names the images that cannot be decoded or have more than 8 bits per channel.
         """
         if self.is_stream:
             return
@@ -194,7 +194,7 @@ class LabelledImages:
             )
 
     def summary(self) -> str:
-        """What was found, in one line."""
+        """The splits and classes, in one line."""
         sizes = [
             f"{name} (stream)" if self.is_stream else f"{len(split):,} {name}" for name, split in self.splits.items()
         ]
@@ -351,7 +351,7 @@ def labels_of(split: datasets.Dataset, multi_label: bool) -> Iterable[list[Any]]
 
 
 def inspect_image(image: dict[str, Any] | None) -> dict[str, Any]:
-    """What keeps an encoded image from being used, and whether it has transparent pixels."""
+    """Why an encoded image cannot be used, or "", and whether it has transparent pixels."""
     try:
         decoded = datasets.Image().decode_example(image)
     except Exception as error:  # formats raise errors of many types

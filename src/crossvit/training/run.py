@@ -50,7 +50,7 @@ def prepare_images(data: DataArguments, args: TrainingArguments) -> LabelledImag
     if data.data and Path(args.output_dir).resolve().is_relative_to(Path(data.data).expanduser().resolve()):
         raise CommandError(f"--output_dir {args.output_dir}: lies in --data {data.data}; choose a folder elsewhere")
     if data.streaming and args.max_steps <= 0:
-        raise CommandError("--streaming: a stream has no known end, so say with --max_steps how long to train")
+        raise CommandError("--streaming: a stream has no known end: set --max_steps")
     with args.main_process_first():  # the others find its results in the cache of `datasets`
         images = LabelledImages.load(data).for_training(data.validation_fraction, args.seed)
         if data.check_images:
@@ -76,11 +76,11 @@ def make_trainer(
         args.metric_for_best_model = "f1"
     mixup = augmentation.mixup(len(images.class_names))
     if mixup is not None and images.multi_label:
-        raise CommandError("--mixup_alpha, --cutmix_alpha: they mix images with one label each, these have several")
+        raise CommandError("--mixup_alpha, --cutmix_alpha: they mix only images with one label each")
     train = images.splits["train"]
     if data.streaming:
         if augmentation.augmentation_repeats > 1:
-            raise CommandError("--augmentation_repeats: images of a stream are not repeated")
+            raise CommandError("--augmentation_repeats: does not work with --streaming")
         train = train.shuffle(args.seed, buffer_size=data.shuffle_buffer_size)
     return CrossViTTrainer(
         model,
@@ -115,7 +115,7 @@ def train(trainer: CrossViTTrainer) -> None:
 def finish(trainer: CrossViTTrainer, images: LabelledImages, data: DataArguments) -> None:
     """Saves the trained model, evaluates it on the other splits, and pushes it to the Hub on request."""
     output = Path(trainer.args.output_dir)
-    trainer.save_model(_internal_call=True)  # first of all, and without a push
+    trainer.save_model(_internal_call=True)  # before anything else can fail, and without a push
     for name, split in images.splits.items():
         if name == "train":
             continue

@@ -48,14 +48,14 @@ class CrossViTTrainer(Trainer):
     - labels may be probabilities, as mixup and cutmix make them, with label smoothing or without. The loss of any kind
       of labels is a mean over all images of a step, however they are spread over processes and accumulated;
     - images are repeated, and a moving average of the weights is evaluated and saved, on request;
-    - a model that FSDP has sharded is saved as a whole one;
-    - the model card knows where weights from a folder come from.
+    - a model sharded by FSDP is saved whole;
+    - the model card names the origin of weights from a folder.
 
     Args:
         average_decay (`float`, *optional*):
             Decay of the [`ExponentialMovingAverage`], between 0 and 1; none by default.
         train_data_collator (`Callable`, *optional*):
-            Makes the batches of the training, `data_collator` those of evaluations and, by default, both.
+            Makes the batches of the training; `data_collator` makes those of evaluations, and by default both.
         augmentation_repeats (`int`, *optional*, defaults to 1):
             How often an image is drawn, by a [`RepeatedAugmentationSampler`] if more than once.
         args, kwargs:
@@ -150,8 +150,8 @@ class CrossViTTrainer(Trainer):
 
     def create_model_card(self, **kwargs) -> None:
         """
-        As [`~transformers.Trainer.create_model_card`], with what it lacks: the origin of weights from a folder,
-        rounded metrics, and columns in one order where the log of a resumed training has two.
+        As [`~transformers.Trainer.create_model_card`], with the origin of weights from a folder and rounded metrics,
+        and with the columns of a resumed run's log in one order.
         """
         config = base_model(self.accelerator.unwrap_model(self.model)).config
         log_history = self.state.log_history
@@ -198,8 +198,8 @@ class CrossViTTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
-        As [`~transformers.Trainer.save_model`], but of a model that FSDP has sharded a whole model that
-        `from_pretrained` loads. Checkpoints of the training remain what FSDP makes of them.
+        As [`~transformers.Trainer.save_model`], but a model sharded by FSDP is saved whole, for `from_pretrained`.
+        Checkpoints during training keep FSDP's format.
         """
         super().save_model(output_dir, _internal_call)
         folder = output_dir or self.args.output_dir
@@ -209,7 +209,7 @@ class CrossViTTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self.average = None  # The best checkpoint holds an average itself
+        self.average = None  # the best checkpoint holds an average itself
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -226,13 +226,13 @@ class CrossViTTrainer(Trainer):
 
 
 class TrainingSteps(TrainerCallback):
-    """What a [`CrossViTTrainer`] does in the course of a training."""
+    """What a [`CrossViTTrainer`] does during training."""
 
     def __init__(self, trainer: CrossViTTrainer):
         self.trainer = trainer
 
     def on_epoch_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs) -> None:
-        # Several processes that resume within an epoch are not told which one it is
+        # The data loaders of several processes do not set it when a run resumes within an epoch
         if self.trainer.repeating_sampler is not None:
             self.trainer.repeating_sampler.set_epoch(int(state.epoch or 0))
 
