@@ -99,8 +99,8 @@ class CrossViTTrainer(Trainer):
 
         Args:
             outputs ([`CrossViTImageClassifierOutput`]): of the model.
-            labels (`torch.Tensor`): (batch) classes, or (batch, classes) probabilities, or ones for each label.
-            num_items_in_batch (`int`, *optional*): the number of all labels of the step, of all processes.
+            labels (`torch.Tensor`): classes (batch), or (batch, classes) probabilities or zeros and ones.
+            num_items_in_batch (`int`, *optional*): the number of all labels of the step, in all processes.
         """
         logits = outputs["logits"].float()
         config: Any = base_model(self.model).config
