@@ -168,14 +168,14 @@ class CrossViTConfig(RemoteCodeMixin, BackboneConfigMixin, PreTrainedConfig):
 
         def require(valid: bool, names: str, requirement: str):
             if not valid:
-                values = ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split())
-                raise ValueError(f"{requirement}, got {values}.")
+                values = {name: getattr(self, name) for name in names.split()}
+                raise ValueError(f"{requirement}, got {values if len(values) > 1 else repr(values[names])}.")
 
         branches, sizes = self.num_branches, self.image_sizes
         require(branches >= 2, "embed_dim", "`embed_dim` must have a width for each of two or more branches")
         for name, optional_entries in (("patch_size", 0), ("num_heads", 0), ("mlp_ratio", 1)):
             valid = branches <= len(getattr(self, name)) <= branches + optional_entries
-            require(valid, f"{name} embed_dim", f"`{name}` must have an entry for each of the {branches} branches")
+            require(valid, name, f"`{name}` must have an entry for each of the {branches} branches")
         require(
             len(sizes) == branches and all(len(size) == 2 and min(size) > 0 for size in sizes),
             "image_size",
@@ -201,7 +201,7 @@ class CrossViTConfig(RemoteCodeMixin, BackboneConfigMixin, PreTrainedConfig):
             # Class PatchEmbed of the authors' models/crossvit.py defines these two patch sizes
             require(
                 not self.multi_conv or (patch in (12, 16) and not any(side % patch for side in size) and width >= 4),
-                "multi_conv patch_size image_size embed_dim",
+                "patch_size image_size embed_dim",
                 "`multi_conv` needs patches of 12 or 16 pixels, images of whole patches and widths of 4 or more",
             )
 
