@@ -40,8 +40,9 @@ def image() -> PIL.Image.Image:
 
 @pytest.fixture
 def timm_folder(tmp_path):
-    """A small model in a folder of timm's."""
-    return save_timm_folder(small_timm(), tmp_path / "timm")
+    """A small model in a folder of timm's, with preprocessing that is not the default."""
+    preprocessing = {"crop_pct": 0.9, "mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3]}
+    return save_timm_folder(small_timm(), tmp_path / "timm", pretrained_cfg=preprocessing)
 
 
 def source_weights(timm_folder) -> dict[str, torch.Tensor]:
