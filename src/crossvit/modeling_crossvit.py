@@ -150,7 +150,7 @@ class CrossViTConvPatchEmbeddings(nn.Module):
 
 
 class CrossViTEmbeddings(CrossViTBranchTokens):
-    """Resizes the images to the size of the branch and embeds their patches, after the class token."""
+    """Resizes the images of a branch to its size and embeds their patches, after the class token."""
 
     def __init__(self, config: CrossViTConfig, branch: int):
         super().__init__()
@@ -557,19 +557,21 @@ hidden_states_recorder = OutputRecorder(target_class=CrossViTBranchTokens, captu
 hidden_states_recorder.num_hidden_layers_key = "num_hidden_states"
 
 
-def check_pixel_values(pixel_values: torch.Tensor | None, num_channels: int):
-    """Raises a `ValueError` unless `pixel_values` is a batch of normalized images."""
+def check_pixel_values(pixel_values: torch.Tensor | None, config: CrossViTConfig):
+    """Raises a `ValueError` unless `pixel_values` is a batch of normalized images, or of one for each branch."""
+    channels, branches = config.num_channels, config.num_branches
     if not isinstance(pixel_values, torch.Tensor):
         received = type(pixel_values).__name__
-    elif pixel_values.ndim != 4 or pixel_values.shape[1] != num_channels or 0 in pixel_values.shape:
+    elif pixel_values.shape[1:-2] not in ((channels,), (branches, channels)) or 0 in pixel_values.shape:
         received = f"shape {tuple(pixel_values.shape)}"
     elif not pixel_values.is_floating_point():
         received = str(pixel_values.dtype)
     else:
         return
     raise ValueError(
-        f"`pixel_values` must be a floating point tensor of shape (batch_size, {num_channels}, height, width) without"
-        f" empty dimensions, got {received}. The image processor of the checkpoint makes such a batch of images."
+        f"`pixel_values` must be a floating point tensor without empty dimensions of shape (batch_size, {channels},"
+        f" height, width), or (batch_size, {branches}, {channels}, height, width) for an image of its own for each"
+        f" branch, got {received}. The image processor of the checkpoint makes such a batch of images."
     )
 
 
@@ -700,8 +702,10 @@ class CrossViTModel(CrossViTPreTrainedModel):
     ) -> CrossViTModelOutput:
         r"""
         Args:
-            pixel_values (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`):
-                Normalized images, as made by [`CrossViTImageProcessor`].
+            pixel_values (`torch.FloatTensor`):
+                Normalized images, as made by [`CrossViTImageProcessor`], of shape `(batch_size, num_channels, height,
+                width)`; or `(batch_size, num_branches, num_channels, height, width)` for an image of its own for each
+                branch.
             interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
                 Whether to keep the resolution of the images and interpolate the position embeddings. The first branch
                 then takes the images in their size, and each other branch in its ratio to the first, rounded to whole
@@ -710,7 +714,7 @@ class CrossViTModel(CrossViTPreTrainedModel):
                 As in every model of Transformers.
 
         Raises:
-            `ValueError`: if `pixel_values` is not a batch of images in floating point.
+            `ValueError`: if `pixel_values` has another shape or is not in floating point.
 
         Example:
 
@@ -723,9 +727,13 @@ class CrossViTModel(CrossViTPreTrainedModel):
         >>> list(outputs.last_hidden_state.shape), list(outputs.pooler_output.shape)
         ([1, 197, 384], [1, 576])
         ```"""
-        check_pixel_values(pixel_values, self.config.num_channels)
+        check_pixel_values(pixel_values, self.config)
 
-        hidden_states = [embeddings(pixel_values, interpolate_pos_encoding) for embeddings in self.embeddings]
+        # (batch, channels, height, width) of each branch
+        images = pixel_values.unbind(1) if pixel_values.ndim == 5 else [pixel_values] * len(self.embeddings)
+        hidden_states = [
+            embeddings(image, interpolate_pos_encoding) for embeddings, image in zip(self.embeddings, images)
+        ]
         for stage in self.stages:
             hidden_states = stage(hidden_states, **kwargs)
 
