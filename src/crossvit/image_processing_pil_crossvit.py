@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 from transformers.image_processing_backends import PilBackend
-from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -90,6 +90,32 @@ class CrossViTBaseImageProcessor(RemoteCodeMixin, BaseImageProcessor):
             image = image[[0, 0, 0]] if image.shape[0] == 1 else image[:3]
         return image
 
+    def _preprocess_image_like_inputs(self, images: Any, *args, **kwargs) -> BatchFeature:
+        """
+        As in every image processor. Tuples of images, one per branch, are processed image by image and stacked.
+
+        Raises:
+            `ValueError`: if the tuples do not all have the same number of images.
+        """
+        entries = images if isinstance(images, (list, tuple)) else [images]
+        counts = [len(entry) if isinstance(entry, (list, tuple)) else None for entry in entries]
+        num_branches = counts[0] if counts else None
+        if num_branches is None and not any(counts):
+            return super()._preprocess_image_like_inputs(images, *args, **kwargs)
+        if not num_branches or any(count != num_branches for count in counts):
+            received = dict.fromkeys("no tuple" if count is None else f"a tuple of {count}" for count in counts)
+            raise ValueError(
+                "A batch must be a list of images, or a list of tuples with the same number of images, one per branch,"
+                f" got {', '.join(received)}."
+            )
+        flat_images = [image for entry in images for image in entry]
+        batch = super()._preprocess_image_like_inputs(flat_images, *args, **kwargs)
+        pixel_values = batch["pixel_values"]
+        batch["pixel_values"] = [
+            pixel_values[start : start + num_branches] for start in range(0, len(pixel_values), num_branches)
+        ]
+        return batch.convert_to_tensors(kwargs.get("return_tensors"))
+
     @classmethod
     def get_image_processor_dict(cls, *args, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
         """As in every image processor, and from the config.json of a timm checkpoint, which has no other file."""
@@ -109,7 +135,8 @@ class CrossViTImageProcessorPil(CrossViTBaseImageProcessor, PilBackend):
     Image processor of CrossViT on PIL and NumPy. Its `pixel_values` of shape (batch, 3, height, width) equal those of
     timm's evaluation transform: the shortest edge is resized to 274 pixels (bicubic), the central 240x240 pixels are
     cropped, bytes are rescaled to [0, 1] and normalized with the mean and standard deviation of ImageNet. It has the
-    options of every image processor (see `ImagesKwargs`); sizes are in pixels.
+    options of every image processor (see `ImagesKwargs`); sizes are in pixels. A list of tuples of images, one per
+    branch, becomes `pixel_values` of shape (batch, branches, 3, height, width).
     """
 
     def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs) -> np.ndarray:
