@@ -16,6 +16,7 @@
 from .attention_maps import AttentionMap, AttentionMaps, CropRegion
 from .attribution import LogitsModel, TokensToMaps
 from .plotting import Picture, Scores, display_size, draw_rows, overlay
+from .rollout import attention_iou, attention_rollout
 
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "Picture",
     "Scores",
     "TokensToMaps",
+    "attention_iou",
+    "attention_rollout",
     "display_size",
     "draw_rows",
     "overlay",
