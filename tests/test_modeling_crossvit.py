@@ -1,4 +1,5 @@
 import copy
+import re
 
 import pytest
 import torch
@@ -194,21 +195,60 @@ def test_impossible_resizing_changes_nothing(model, image_size):
 
 
 @pytest.mark.parametrize(
-    "pixel_values, message",
+    "pixel_values, received",
     [
-        (None, r"got NoneType"),
-        ([[0.0]], r"got list"),
-        (torch.rand(3, 36, 36), r"got shape \(3, 36, 36\)"),
-        (torch.rand(0, 3, 36, 36), r"got shape \(0, 3, 36, 36\)"),
-        (torch.rand(2, 1, 36, 36), r"\(batch_size, 3, height, width\).*got shape \(2, 1, 36, 36\)"),
-        (torch.zeros(2, 3, 36, 36, dtype=torch.uint8), r"floating point.*got torch.uint8"),
+        (None, "NoneType"),
+        ([[0.0]], "list"),
+        (torch.rand(36, 36), "torch.float32 of shape (36, 36)"),
+        (torch.rand(3, 36, 36), "torch.float32 of shape (3, 36, 36)"),
+        (torch.rand(0, 3, 36, 36), "torch.float32 of shape (0, 3, 36, 36)"),
+        (torch.rand(2, 1, 36, 36), "torch.float32 of shape (2, 1, 36, 36)"),
+        (torch.zeros(2, 3, 36, 36, dtype=torch.uint8), "torch.uint8 of shape (2, 3, 36, 36)"),
+        # An image for each branch
+        (torch.rand(2, 3, 3, 36, 36), "torch.float32 of shape (2, 3, 3, 36, 36)"),
+        (torch.rand(2, 0, 3, 36, 36), "torch.float32 of shape (2, 0, 3, 36, 36)"),
+        (torch.rand(0, 2, 3, 36, 36), "torch.float32 of shape (0, 2, 3, 36, 36)"),
+        (torch.rand(2, 2, 1, 36, 36), "torch.float32 of shape (2, 2, 1, 36, 36)"),
+        (torch.rand(1, 2, 2, 3, 36, 36), "torch.float32 of shape (1, 2, 2, 3, 36, 36)"),
+        (torch.zeros(2, 2, 3, 36, 36, dtype=torch.int64), "torch.int64 of shape (2, 2, 3, 36, 36)"),
+        ((torch.rand(2, 3, 36, 36),) * 2, "tuple"),
     ],
 )
-def test_invalid_pixel_values_are_named(model, pixel_values, message):
+def test_invalid_pixel_values_are_named(model, pixel_values, received):
+    shapes = "(batch_size, 3, height, width), or (batch_size, 2, 3, height, width) with an image for each branch"
     backbone = CrossViTBackbone(model.config)
     for entrance in (model, model.crossvit, backbone):
-        with pytest.raises(ValueError, match=f"{message}.*image processor"):
+        with pytest.raises(ValueError, match=rf"floating point.*{re.escape(shapes)}.*got {re.escape(received)}\."):
             entrance(pixel_values)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("interpolate_pos_encoding", [False, True])
+@pytest.mark.parametrize("num_branches", [2, 3])
+def test_each_branch_embeds_its_own_image(num_branches, interpolate_pos_encoding):
+    config = CrossViTConfig(
+        image_size=(36, 32, 48)[:num_branches],
+        patch_size=(6, 8, 16)[:num_branches],
+        embed_dim=(24, 32, 40)[:num_branches],
+        num_heads=(2, 4, 5)[:num_branches],
+        mlp_ratio=(2.0, 2.0, 2.0)[:num_branches],
+        depth=((*[1] * num_branches, 1),),
+    )
+    config.out_features = config.stage_names
+    backbone = perturb(CrossViTBackbone(config)).eval()
+
+    def feature_maps(pixel_values):
+        return backbone(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding).feature_maps
+
+    pixel_values = torch.randn(2, num_branches, 3, 54, 36)
+    maps = feature_maps(pixel_values)
+    for branch, images in enumerate(pixel_values.unbind(1)):
+        expected_maps = feature_maps(images)
+        torch.testing.assert_close(maps[branch], expected_maps[branch])
+        same_images = images.unsqueeze(1).expand_as(pixel_values)
+        torch.testing.assert_close(feature_maps(same_images), expected_maps)
+    for feature_map, swapped in zip(maps, feature_maps(pixel_values.roll(1, dims=1))):
+        assert (swapped - feature_map).abs().max() > 0.1
 
 
 # Attention, precision, compilers
@@ -347,31 +387,40 @@ def test_half_precision_is_close(model, pixel_values, dtype, tolerance):
             torch.testing.assert_close(logits.float(), expected, atol=tolerance, rtol=0)
 
 
+IMAGE, IMAGE_FOR_EACH_BRANCH = (3, 54, 36), (2, 3, 54, 36)
+
+
 @pytest.mark.parametrize(
-    "backend, options",
+    "backend, options, shape",
     [
-        ("eager", {"output_hidden_states": True}),
-        ("eager", {"interpolate_pos_encoding": True}),
-        pytest.param("inductor", {}, marks=pytest.mark.slow),
+        ("eager", {"output_hidden_states": True}, IMAGE),
+        ("eager", {"interpolate_pos_encoding": True}, IMAGE),
+        ("eager", {}, IMAGE_FOR_EACH_BRANCH),
+        pytest.param("inductor", {}, IMAGE, marks=pytest.mark.slow),
     ],
 )
-def test_compiles_without_a_graph_break(small_config, backend, options):
+def test_compiles_without_a_graph_break(small_config, backend, options, shape):
     torch._dynamo.reset()
     small_config.depth = ((1, 1, 0),)
     model = perturb(CrossViTForImageClassification(small_config)).eval()
-    pixel_values, labels = torch.randn(3, 3, 54, 36), torch.tensor([0, 1, 2])
-    expected = model(pixel_values, labels=labels, **options)  # with hidden states, a first call installs the hooks
-    outputs = torch.compile(model, fullgraph=True, backend=backend)(pixel_values, labels=labels, **options)
-    torch.testing.assert_close(outputs.logits, expected.logits)
-    gradients = torch.autograd.grad(outputs.loss, list(model.parameters()))
-    for gradient, expected_gradient in zip(gradients, torch.autograd.grad(expected.loss, list(model.parameters()))):
-        torch.testing.assert_close(gradient, expected_gradient, atol=1e-5, rtol=1e-4)
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for batch_size in (3,) if backend == "inductor" else (3, 2):  # inductor takes a minute for each
+        pixel_values, labels = torch.randn(batch_size, *shape), torch.arange(batch_size)
+        expected = model(pixel_values, labels=labels, **options)  # with hidden states, a first call installs the hooks
+        outputs = compiled(pixel_values, labels=labels, **options)
+        torch.testing.assert_close(outputs.logits, expected.logits)
+        gradients = torch.autograd.grad(outputs.loss, list(model.parameters()))
+        expected_gradients = torch.autograd.grad(expected.loss, list(model.parameters()))
+        for gradient, expected_gradient in zip(gradients, expected_gradients):
+            torch.testing.assert_close(gradient, expected_gradient, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("interpolate_pos_encoding", [False, True])
-def test_exports_with_a_dynamic_batch(model, interpolate_pos_encoding):
-    pixel_values = torch.randn(2, 3, 54, 36)
+@pytest.mark.parametrize(
+    "shape, interpolate_pos_encoding", [(IMAGE, False), (IMAGE, True), (IMAGE_FOR_EACH_BRANCH, False)]
+)
+def test_exports_with_a_dynamic_batch(model, shape, interpolate_pos_encoding):
+    pixel_values = torch.randn(2, *shape)
     exported = torch.export.export(
         model,
         (pixel_values,),
@@ -382,7 +431,7 @@ def test_exports_with_a_dynamic_batch(model, interpolate_pos_encoding):
         },
     )
     for batch_size in (1, 2, 7):
-        pixel_values = torch.randn(batch_size, 3, 54, 36)
+        pixel_values = torch.randn(batch_size, *shape)
         logits = exported.module()(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding).logits
         expected = model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding).logits
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
@@ -396,8 +445,10 @@ def enable_gradient_checkpointing(model, **kwargs):
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(kwargs)
 
 
+@pytest.mark.parametrize("shape", [(3, 36, 36), (2, 3, 36, 36)])
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_keeps_gradients(small_config, pixel_values, use_reentrant):
+def test_gradient_checkpointing_keeps_gradients(small_config, use_reentrant, shape):
+    pixel_values = torch.randn(3, *shape)
     small_config.drop_path_rate = 0.5  # so that recomputation must draw the same samples
     model = perturb(CrossViTForImageClassification(small_config)).train()
     gradients = []

@@ -8,6 +8,14 @@ from timm.models.crossvit import CrossVit
 from crossvit import CrossViTConfig
 
 
+class TimmCrossViT(CrossVit):
+    """timm's CrossViT, which also takes an image for each branch: (batch, branches, channels, height, width)."""
+
+    def _embed(self, x: torch.Tensor) -> list[torch.Tensor]:
+        embed = super()._embed
+        return embed(x) if x.ndim == 4 else [embed(images)[branch] for branch, images in enumerate(x.unbind(1))]
+
+
 def our_state_dict(timm_model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {to_transformers_name(name): weight for name, weight in timm_model.state_dict().items()}
 
@@ -29,4 +37,4 @@ def timm_variant(variant: dict, **kwargs) -> torch.nn.Module:
 def timm_of_config(config: CrossViTConfig, **kwargs) -> torch.nn.Module:
     """timm's model of a configuration of two branches."""
     options = {**timm_arguments(config), "num_classes": config.num_labels, "drop_path_rate": config.drop_path_rate}
-    return perturb(CrossVit(**options, **kwargs)).eval()
+    return perturb(TimmCrossViT(**options, **kwargs)).eval()

@@ -558,20 +558,18 @@ hidden_states_recorder.num_hidden_layers_key = "num_hidden_states"
 
 
 def check_pixel_values(pixel_values: torch.Tensor | None, config: CrossViTConfig):
-    """Raises a `ValueError` unless `pixel_values` is a batch of normalized images, or of one for each branch."""
+    """Raises a `ValueError` unless `pixel_values` has normalized images, one for all branches or one for each."""
     channels, branches = config.num_channels, config.num_branches
-    if not isinstance(pixel_values, torch.Tensor):
-        received = type(pixel_values).__name__
-    elif pixel_values.shape[1:-2] not in ((channels,), (branches, channels)) or 0 in pixel_values.shape:
-        received = f"shape {tuple(pixel_values.shape)}"
-    elif not pixel_values.is_floating_point():
-        received = str(pixel_values.dtype)
-    else:
-        return
+    received = type(pixel_values).__name__
+    if isinstance(pixel_values, torch.Tensor):
+        has_images = pixel_values.shape[1:-2] in ((channels,), (branches, channels)) and 0 not in pixel_values.shape
+        if has_images and pixel_values.is_floating_point():
+            return
+        received = f"{pixel_values.dtype} of shape {tuple(pixel_values.shape)}"
     raise ValueError(
-        f"`pixel_values` must be a floating point tensor without empty dimensions of shape (batch_size, {channels},"
-        f" height, width), or (batch_size, {branches}, {channels}, height, width) for an image of its own for each"
-        f" branch, got {received}. The image processor of the checkpoint makes such a batch of images."
+        f"`pixel_values` must be a floating point tensor of shape (batch_size, {channels}, height, width), or"
+        f" (batch_size, {branches}, {channels}, height, width) with an image for each branch, and must not be empty,"
+        f" got {received}. The image processor of the checkpoint returns both shapes."
     )
 
 
@@ -704,8 +702,7 @@ class CrossViTModel(CrossViTPreTrainedModel):
         Args:
             pixel_values (`torch.FloatTensor`):
                 Normalized images, as made by [`CrossViTImageProcessor`], of shape `(batch_size, num_channels, height,
-                width)`; or `(batch_size, num_branches, num_channels, height, width)` for an image of its own for each
-                branch.
+                width)`, or `(batch_size, num_branches, num_channels, height, width)` with an image for each branch.
             interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
                 Whether to keep the resolution of the images and interpolate the position embeddings. The first branch
                 then takes the images in their size, and each other branch in its ratio to the first, rounded to whole
@@ -714,7 +711,7 @@ class CrossViTModel(CrossViTPreTrainedModel):
                 As in every model of Transformers.
 
         Raises:
-            `ValueError`: if `pixel_values` has another shape or is not in floating point.
+            `ValueError`: if `pixel_values` is empty, has another shape or is not in floating point.
 
         Example:
 
@@ -729,10 +726,11 @@ class CrossViTModel(CrossViTPreTrainedModel):
         ```"""
         check_pixel_values(pixel_values, self.config)
 
-        # (batch, channels, height, width) of each branch
-        images = pixel_values.unbind(1) if pixel_values.ndim == 5 else [pixel_values] * len(self.embeddings)
+        # (batch, channels, height, width) for each branch
+        images = pixel_values.unbind(1) if pixel_values.ndim == 5 else [pixel_values] * self.config.num_branches
         hidden_states = [
-            embeddings(image, interpolate_pos_encoding) for embeddings, image in zip(self.embeddings, images)
+            embeddings(branch_images, interpolate_pos_encoding)
+            for embeddings, branch_images in zip(self.embeddings, images)
         ]
         for stage in self.stages:
             hidden_states = stage(hidden_states, **kwargs)
