@@ -163,6 +163,49 @@ def test_paths_equal_their_images(name, backend, tmp_path):
     assert torch.equal(pixel_values(backend(), [path, path]), expected.repeat(2, 1, 1, 1))
 
 
+@pytest.mark.parametrize("row", [tuple, list])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tuples_of_images_equal_each_image(backend, row, tmp_path):
+    processor, path = backend(), str(tmp_path / "image.png")
+    picture(275, 302).save(path)
+    with_alpha = picture(303, 275)
+    with_alpha.putalpha(128)
+    depth = picture(99, 401, "photo").convert("L")
+    images = [picture(301, 275), depth, with_alpha, path, np.array(picture(280, 290)), torch.zeros(3, 9, 8)]
+    rows = [row(images[start : start + 2]) for start in (0, 2, 4)]
+    expected = torch.cat([pixel_values(processor, image) for image in images])
+
+    assert torch.equal(pixel_values(processor, images), expected)
+    expected = expected.unflatten(0, (3, 2))
+    assert torch.equal(pixel_values(processor, rows), expected)
+    arrays = processor(rows, return_tensors="np").pixel_values
+    assert isinstance(arrays, np.ndarray) and np.array_equal(arrays, expected)
+    each_row = processor(rows).pixel_values  # not a batch, but the arrays of each row are stacked as those of an image
+    assert isinstance(each_row, list) and type(each_row[0]) is type(processor(depth).pixel_values[0])
+    assert len(each_row) == 3 and all(np.array_equal(*pair) for pair in zip(each_row, expected))
+
+
+IMAGE = PIL.Image.new("RGB", (9, 8))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        ([(IMAGE, IMAGE), (IMAGE,)], "one image for each branch, got a tuple of 2, a tuple of 1"),
+        ([(IMAGE, IMAGE), IMAGE], "got a tuple of 2, a single image"),
+        ([IMAGE, (IMAGE, IMAGE)], "got a single image, a tuple of 2"),
+        ([IMAGE, ()], "got a single image, a tuple of 0"),
+        ([(), ()], "got a tuple of 0"),
+        ([[(IMAGE, IMAGE)]], "single images, got batches"),
+        ([(np.zeros((2, 3, 9, 8), np.uint8), np.zeros((2, 3, 9, 8), np.uint8))], "single images, got batches"),
+    ],
+)
+def test_other_tuples_are_refused(backend, images, message):
+    with pytest.raises(ValueError, match=message):
+        backend()(images)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_number_of_channels_is_named(backend):
     with pytest.raises(ValueError, match=r"1 \(gray\), 3 \(RGB\) or 4 \(RGBA\) channels, got 5"):

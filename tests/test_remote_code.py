@@ -77,7 +77,9 @@ def test_loads_without_the_package_and_keeps_its_code(with_code, tmp_path):
             for backend in (None, "torchvision", "pil")
         }
         classifier = load(AutoModelForImageClassification)
+        pairs = load(AutoImageProcessor, backend="pil")([(image, image)], return_tensors="pt").pixel_values
         with torch.no_grad():
+            outputs["logits of pairs"] = classifier(pairs).logits
             outputs["features"] = load(AutoModel)(outputs["pil"]).pooler_output
             outputs["logits"] = classifier(outputs["pil"]).logits
         backbone = AutoBackbone.from_config(config, trust_remote_code=True)
@@ -107,6 +109,7 @@ def test_loads_without_the_package_and_keeps_its_code(with_code, tmp_path):
     with torch.no_grad():
         same(classifier.crossvit(outputs["pil"]).pooler_output, outputs["features"])
         same(classifier(outputs["pil"]).logits, outputs["logits"])
+        same(outputs["logits of pairs"], outputs["logits"])
 
 
 @pytest.mark.parametrize("processor_class", [CrossViTImageProcessor, CrossViTImageProcessorPil])

@@ -92,29 +92,32 @@ class CrossViTBaseImageProcessor(RemoteCodeMixin, BaseImageProcessor):
 
     def _preprocess_image_like_inputs(self, images: Any, *args, **kwargs) -> BatchFeature:
         """
-        As in every image processor. Tuples of images, one per branch, are processed image by image and stacked.
+        As in every image processor. Tuples of images, one for each branch, are processed image by image and stacked.
 
         Raises:
-            `ValueError`: if the tuples do not all have the same number of images.
+            `ValueError`: if the tuples are empty, differ in length or contain anything but single images.
         """
-        entries = images if isinstance(images, (list, tuple)) else [images]
-        counts = [len(entry) if isinstance(entry, (list, tuple)) else None for entry in entries]
-        num_branches = counts[0] if counts else None
-        if num_branches is None and not any(counts):
+        if not isinstance(images, (list, tuple)) or not any(isinstance(entry, (list, tuple)) for entry in images):
             return super()._preprocess_image_like_inputs(images, *args, **kwargs)
-        if not num_branches or any(count != num_branches for count in counts):
-            received = dict.fromkeys("no tuple" if count is None else f"a tuple of {count}" for count in counts)
+
+        lengths = dict.fromkeys(len(entry) if isinstance(entry, (list, tuple)) else None for entry in images)
+        if len(lengths) > 1 or 0 in lengths:
+            received = ", ".join("a single image" if length is None else f"a tuple of {length}" for length in lengths)
             raise ValueError(
-                "A batch must be a list of images, or a list of tuples with the same number of images, one per branch,"
-                f" got {', '.join(received)}."
+                "`images` must be a list of images, or a list of tuples of images that all have one image for each"
+                f" branch, got {received}."
             )
         flat_images = [image for entry in images for image in entry]
-        batch = super()._preprocess_image_like_inputs(flat_images, *args, **kwargs)
+        return_tensors = kwargs.pop("return_tensors", None)
+        array_type = "np" if self.backend == "pil" else "pt"
+        batch = super()._preprocess_image_like_inputs(flat_images, *args, return_tensors=array_type, **kwargs)
         pixel_values = batch["pixel_values"]
-        batch["pixel_values"] = [
-            pixel_values[start : start + num_branches] for start in range(0, len(pixel_values), num_branches)
-        ]
-        return batch.convert_to_tensors(kwargs.get("return_tensors"))
+        if len(pixel_values) != len(flat_images):
+            raise ValueError("The tuples of `images` must contain single images, got batches of images.")
+        # (batch * branches, channels, height, width) -> (batch, branches, channels, height, width)
+        pixel_values = pixel_values.reshape(len(images), -1, *pixel_values.shape[1:])
+        batch["pixel_values"] = pixel_values if return_tensors else list(pixel_values)
+        return batch.convert_to_tensors(return_tensors)
 
     @classmethod
     def get_image_processor_dict(cls, *args, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -135,8 +138,8 @@ class CrossViTImageProcessorPil(CrossViTBaseImageProcessor, PilBackend):
     Image processor of CrossViT on PIL and NumPy. Its `pixel_values` of shape (batch, 3, height, width) equal those of
     timm's evaluation transform: the shortest edge is resized to 274 pixels (bicubic), the central 240x240 pixels are
     cropped, bytes are rescaled to [0, 1] and normalized with the mean and standard deviation of ImageNet. It has the
-    options of every image processor (see `ImagesKwargs`); sizes are in pixels. A list of tuples of images, one per
-    branch, becomes `pixel_values` of shape (batch, branches, 3, height, width).
+    options of every image processor (see `ImagesKwargs`); sizes are in pixels. A list of tuples of images, one for
+    each branch, becomes `pixel_values` of shape (batch, branches, 3, height, width).
     """
 
     def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs) -> np.ndarray:
