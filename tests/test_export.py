@@ -125,6 +125,23 @@ def test_program_has_the_logits_of_the_model_for_batches_of_any_size(
         assert {used.mean(dim=(1, 2)).argmax().item() for used in calibration_images} == {0, 1, 2}
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["torch", "onnx"])
+def test_exporters_take_an_image_for_each_branch(checkpoint, tmp_path, name):
+    require_packages(name)
+    model = CrossViTForImageClassification.from_pretrained(checkpoint).eval()
+    config_class = {"torch": exporters.DynamoConfig, "onnx": exporters.OnnxConfig}[name]
+    shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1)}}
+    config = config_class(dynamic=True, dynamic_shapes=shapes)
+    exporter = exporters.AutoHfExporter.from_config(config)
+    exporter.export(model, {"pixel_values": torch.randn(2, 2, 3, 36, 36)}, config).save_pretrained(tmp_path / name)
+    program = COMMAND["load_program"](name, tmp_path / name)
+    for batch_size in (1, 3):
+        pixel_values = torch.randn(batch_size, 2, 3, 36, 36)
+        expected = model(pixel_values).logits
+        torch.testing.assert_close(program(pixel_values), expected, atol=1e-5, rtol=0)  # 1e-7 was measured
+
+
 def test_accuracy_is_that_of_the_held_out_images_by_the_names_of_their_classes(export, checkpoint, zoo):
     results, _ = export("--formats", "torch")
     files = sorted(zoo.glob("validation/*/*.png"))
