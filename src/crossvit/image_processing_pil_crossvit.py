@@ -109,7 +109,7 @@ class CrossViTBaseImageProcessor(RemoteCodeMixin, BaseImageProcessor):
             )
         flat_images = [image for entry in images for image in entry]
         return_tensors = kwargs.pop("return_tensors", None)
-        array_type = "np" if self.backend == "pil" else "pt"
+        array_type = "np" if isinstance(self, PilBackend) else "pt"
         batch = super()._preprocess_image_like_inputs(flat_images, *args, return_tensors=array_type, **kwargs)
         pixel_values = batch["pixel_values"]
         if len(pixel_values) != len(flat_images):
