@@ -336,7 +336,7 @@ def test_threads_do_not_mix_their_maps(model):
 
 
 def test_backbone_is_refused(small_config):
-    with pytest.raises(TypeError, match="got a CrossViTBackbone"):
+    with pytest.raises(ValueError, match="got a BackboneOutput"):
         AttentionMaps(CrossViTBackbone(small_config), make_processor(), make_image())
 
 
