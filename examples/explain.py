@@ -15,9 +15,11 @@
 
     python examples/explain.py photo.jpg                              # with published weights
     python examples/explain.py photo.jpg --model outputs/quickstart   # or another folder or model of the Hub
+    python examples/explain.py photo.jpg mask.png --model folder      # with an image of its own for each branch
 
 Self-attention maps are those of the last layer of each branch in each stage. All are averaged over the heads;
-`AttentionMaps` gives access to every layer and head.
+`AttentionMaps` gives access to every layer and head. With an image for each branch, every map is drawn on the image
+that is attended to, and attention rollout on each of them.
 """
 
 import argparse
@@ -29,7 +31,7 @@ from command_line import load_checkpoint, run
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("image", help="image file")
+    parser.add_argument("images", nargs="+", metavar="image", help="image file, or one for each branch of the model")
     parser.add_argument(
         "--model",
         default="timm/crossvit_15_dagger_240.in1k",
@@ -56,26 +58,36 @@ def main() -> None:
     )
 
     logging.disable_progress_bar()
-    image = load_image(PIL.Image.open(args.image))
+    images = [load_image(PIL.Image.open(path)) for path in args.images]
     model, processor = load_checkpoint(args.model)
-    maps = AttentionMaps(model, processor, image)
+    maps = AttentionMaps(model, processor, images if len(images) > 1 else images[0])
     scores = ImageClassificationPipeline(model=model, image_processor=processor).postprocess(maps.outputs, top_k=5)
-    print(args.image, *(f"{entry['label']} {entry['score']:.1%}" for entry in scores), sep="  ")
+    print(*args.images, *(f"{entry['label']} {entry['score']:.1%}" for entry in scores), sep="  ")
 
-    height, width = display_size(image)
+    def draw_input(branch: int, title: str) -> Picture:
+        image = maps.images[branch]
+        height, width = display_size(image)
+        crop = maps.crops[branch].align(np.ones((1, 1)), image_size=(height, width))[..., None]
+        bright_crop = np.asarray(image.resize((width, height))) * (0.3 + 0.7 * crop)
+        return Picture(PIL.Image.fromarray(bright_crop.astype(np.uint8)), f"{title}\n(bright: center crop)")
 
-    def draw(attention: AttentionMap, title: str, label: str = "") -> Picture:
-        return Picture(overlay(image, attention.on_image(smooth=True, image_size=(height, width))), title, label)
+    def draw(attention: AttentionMap, title: str, label: str = "", branch: int | None = None) -> Picture:
+        image = maps.images[min(attention.patches) if branch is None else branch]
+        heat = attention.on_image(smooth=True, image_size=display_size(image), branch=branch)
+        return Picture(overlay(image, heat), title, label)
 
-    crop = maps.crop.align(np.ones((1, 1)), image_size=(height, width))[..., None]
-    bright_crop = np.asarray(image.resize((width, height))) * (0.3 + 0.7 * crop)
-    first_row: list[Any] = [
-        Picture(PIL.Image.fromarray(bright_crop.astype(np.uint8)), "input\n(bright: center crop)"),
-        Scores(scores, "top 5"),
-    ]
-    columns = 2 * model.config.num_branches
-    first_row += [None] * (columns - 3) + [draw(maps.rollout(), "attention rollout\nover all stages")]
-    rows = [first_row]
+    branches = range(model.config.num_branches)
+    columns = 2 * len(branches)
+    rows: list[list[Any]]
+    if len(images) == 1:
+        rollout = draw(maps.rollout(), "attention rollout\nover all stages")
+        rows = [[draw_input(0, "input"), Scores(scores, "top 5"), *[None] * (columns - 3), rollout]]
+    else:
+        inputs = [draw_input(branch, f"input of branch {branch}") for branch in branches]
+        rows = [[*inputs, Scores(scores, "top 5"), *[None] * (len(branches) - 1)], []]
+        for branch in branches:
+            title = f"attention rollout\nto the input of branch {branch}"
+            rows[-1] += [draw(maps.rollout(), title, branch=branch), None]
     for stage in range(len(model.config.depth)):
         row: list[Any] = []
         for title, attention in maps.class_token_maps(stage).items():

@@ -6,7 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from timm_reference import perturb
+from attention_weights import ARCHITECTURES, change, make_model, record_weights
 
 from crossvit import (
     CrossViTBackbone,
@@ -15,28 +15,11 @@ from crossvit import (
     CrossViTImageProcessor,
     CrossViTImageProcessorPil,
 )
-from crossvit.interpretability import AttentionMaps, CropRegion
+from crossvit.interpretability import AttentionMap, AttentionMaps, CropRegion, attention_rollout
 
 
 # Weights are rounded to float32 by the softmax: rows were off by 1.8e-7 at most
 ROW_TOLERANCE = 1e-6
-
-CONFIGS = {
-    "two branches": {},
-    "three branches, two cross-attention layers": {
-        "image_size": (36, 32, 40),
-        "patch_size": (6, 8, 10),
-        "embed_dim": (24, 32, 16),
-        "depth": ((1, 2, 1, 2), (2, 0, 1, 0)),
-        "num_heads": (2, 4, 2),
-        "mlp_ratio": (2.0, 3.0, 1.0, 1.0),
-    },
-    "rectangles": {"image_size": ((36, 24), (32, 40))},
-}
-
-
-def make_model(config: CrossViTConfig) -> CrossViTForImageClassification:
-    return perturb(CrossViTForImageClassification(config)).eval()
 
 
 def make_processor(height: int = 36, width: int = 36, **options) -> CrossViTImageProcessor:
@@ -49,9 +32,9 @@ def make_image(width: int = 50, height: int = 44) -> PIL.Image.Image:
     return PIL.Image.fromarray(pixels)
 
 
-@pytest.fixture(params=CONFIGS)
+@pytest.fixture(params=ARCHITECTURES)
 def config(request, small_config) -> CrossViTConfig:
-    return CrossViTConfig(**{**small_config.to_dict(), **CONFIGS[request.param]})
+    return change(small_config, **ARCHITECTURES[request.param])
 
 
 @pytest.fixture
@@ -63,25 +46,11 @@ def total(attention) -> float:
     return sum(attention.class_tokens.values()) + sum(shares.sum() for shares in attention.patches.values())
 
 
-def record_weights(model, processor, image) -> dict[str, np.ndarray]:
-    """The weights that each attention layer returns, by the name of its module: (heads, queries, keys)."""
-    weights = {}
-    hooks = [
-        module.register_forward_hook(lambda module, args, output, name=name: weights.__setitem__(name, output[1]))
-        for name, module in model.named_modules()
-        if name.endswith(".attention")
-    ]
-    model.set_attn_implementation("eager")
-    with torch.no_grad():
-        model(**processor(image, return_tensors="pt"))
-    for hook in hooks:
-        hook.remove()
-    return {name: tensor[0].numpy() for name, tensor in weights.items()}
-
-
 def test_each_map_has_the_weights_of_its_layer(config):
     model, processor, image = make_model(config), make_processor(), make_image()
-    weights = record_weights(model, processor, image)
+    with torch.no_grad():
+        _, recorded = record_weights(model, processor(image, return_tensors="pt").pixel_values)
+    weights = {name: tensor[0].numpy() for name, tensor in recorded.items()}
     maps = AttentionMaps(model, processor, image)
     checked = 0
     for stage, (*depths, _) in enumerate(config.depth):
@@ -110,39 +79,17 @@ def test_each_map_has_the_weights_of_its_layer(config):
     assert checked >= 6 * 9
 
 
-def test_rollout_is_the_product_of_the_layers(config):
-    """Against the product of matrices over all tokens of all branches, one per layer."""
-    model, processor, image = make_model(config), make_processor(), make_image()
-    weights = record_weights(model, processor, image)
-    maps = AttentionMaps(model, processor, image)
-    counts = [1 + rows * columns for rows, columns in maps.grid_sizes]
-    starts = [sum(counts[:branch]) for branch in range(len(counts))]
-    number = sum(counts)
-    product = np.eye(number)
-    for stage, (*depths, _) in enumerate(config.depth):
-        for branch, depth in enumerate(depths):
-            block = slice(starts[branch], starts[branch] + counts[branch])
-            for layer in range(depth):
-                matrix = np.eye(number)
-                attention = weights[f"crossvit.stages.{stage}.branches.{branch}.layers.{layer}.attention"]
-                matrix[block, block] = (np.eye(counts[branch]) + attention.mean(axis=0)) / 2
-                product = matrix @ product
-        fusions = np.eye(number)
-        for branch in range(len(counts)):
-            next_branch = (branch + 1) % len(counts)
-            row = weights[f"crossvit.stages.{stage}.fusions.{branch}.layers.0.attention"].mean(axis=0)[0]
-            fusions[starts[branch]] = 0
-            fusions[starts[branch], starts[branch]] = (1 + row[0]) / 2
-            fusions[starts[branch], starts[next_branch] + 1 : starts[next_branch] + counts[next_branch]] = row[1:] / 2
-        product = fusions @ product
-
-    for branch in (None, *range(len(counts))):
-        expected = product[starts].mean(axis=0) if branch is None else product[starts[branch]]
+def test_rollout_has_the_shares_of_attention_rollout(config):
+    maps = AttentionMaps(make_model(config), make_processor(), make_image())
+    for branch in (None, *range(config.num_branches)):
         rollout = maps.rollout(branch)
         assert total(rollout) == pytest.approx(1, abs=ROW_TOLERANCE)
-        for other, (start, count) in enumerate(zip(starts, counts)):
-            assert rollout.class_tokens[other] == pytest.approx(expected[start], rel=1e-6)
-            assert np.allclose(rollout.patches[other].ravel(), expected[start + 1 : start + count], rtol=1e-6, atol=0)
+        expected = [shares[0].numpy() for shares in attention_rollout(maps.outputs, config, branch)]
+        assert [*rollout.class_tokens] == [*rollout.patches] == [*rollout.crops] == [*range(config.num_branches)]
+        for other, shares in enumerate(expected):
+            assert rollout.class_tokens[other] == shares[0]
+            assert rollout.patches[other].shape == maps.grid_sizes[other]
+            assert np.array_equal(rollout.patches[other].ravel(), shares[1:])
         of_patches = 1 - sum(rollout.class_tokens.values())
         assert rollout.on_image().sum() == pytest.approx(of_patches, abs=ROW_TOLERANCE)
 
@@ -187,9 +134,9 @@ def test_cells_are_aligned_with_the_pixels_that_the_image_processor_crops(backen
         assert np.allclose(found, expected, atol=0.25), (found, expected)
 
 
-def make_white_detector(small_config, **options) -> CrossViTForImageClassification:
+def make_white_detector(small_config) -> CrossViTForImageClassification:
     """A model whose class tokens attend to white patches, wherever they are."""
-    config = CrossViTConfig(**{**small_config.to_dict(), "depth": ((1, 1, 0),), "num_heads": (1, 1), **options})
+    config = change(small_config, depth=((1, 1, 0),), num_heads=(1, 1))
     model = CrossViTForImageClassification(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -213,6 +160,37 @@ def make_white_detector(small_config, **options) -> CrossViTForImageClassificati
     return model
 
 
+def draw_spot(size: tuple[int, int], place: tuple[float, float], processor) -> PIL.Image.Image:
+    """A black image of (width, height) with a white spot a little smaller than a patch of the first branch."""
+    image = PIL.Image.new("RGB", size)
+    crop = CropRegion.from_processed(processor, image, processor(image, return_tensors="pt").pixel_values)
+    half = max(0.5, 2.5 * min(crop.size) / 36)
+    column, row = place[0] * size[0], place[1] * size[1]
+    image.paste("white", (int(column - half), int(row - half), int(column + half) + 1, int(row + half) + 1))
+    return image
+
+
+def assert_is_on_the_spot(attention: AttentionMap, branch: int, image: PIL.Image.Image):
+    """Checks that the map of the patches of a branch is at most a patch away from the white spot of its image."""
+    center = np.argwhere(np.asarray(image)[..., 0]).mean(axis=0)
+    patch = np.array(attention.crops[branch].size) / attention.patches[branch].shape
+    aligned = attention.on_image(branch=branch)
+    assert aligned.shape == (image.height, image.width)
+    assert aligned.sum() == pytest.approx(attention.patches[branch].sum(), abs=ROW_TOLERANCE)
+    aligned /= aligned.sum()
+    found = [
+        (aligned.sum(axis=1) * np.arange(image.height)).sum(),
+        (aligned.sum(axis=0) * np.arange(image.width)).sum(),
+    ]
+    assert (np.abs(found - center) <= patch).all(), (found, center, patch)
+    smooth = attention.on_image(smooth=True, branch=branch)
+    peak = np.unravel_index(smooth.argmax(), smooth.shape)
+    assert (np.abs(peak - center) <= patch + 1).all(), (peak, center, patch)
+
+
+SPOT_PROCESSOR = {"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}
+
+
 @pytest.mark.parametrize(
     "size, options, interpolate_pos_encoding",
     [
@@ -226,31 +204,65 @@ def make_white_detector(small_config, **options) -> CrossViTForImageClassificati
 def test_attention_to_a_white_spot_is_drawn_where_the_spot_is(
     small_config, size, options, interpolate_pos_encoding, place
 ):
-    model = make_white_detector(small_config)
-    processor = make_processor(**{"image_mean": [0, 0, 0], "image_std": [1, 1, 1], **options})
-    width, height = size
-    # The spot is a little smaller than a patch of the first branch
-    black = PIL.Image.new("RGB", size)
-    crop = CropRegion.from_processed(processor, black, processor(black, return_tensors="pt").pixel_values)
-    half = max(0.5, 2.5 * min(crop.size) / 36)
-    row, column = place[1] * height, place[0] * width
-    pixels = np.zeros((height, width, 3), dtype=np.uint8)
-    pixels[int(row - half) : int(row + half) + 1, int(column - half) : int(column + half) + 1] = 255
-    center = np.argwhere(pixels[..., 0]).mean(axis=0)
-
-    maps = AttentionMaps(model, processor, PIL.Image.fromarray(pixels), interpolate_pos_encoding)
+    processor = make_processor(**SPOT_PROCESSOR, **options)
+    image = draw_spot(size, place, processor)
+    maps = AttentionMaps(make_white_detector(small_config), processor, image, interpolate_pos_encoding)
     for attention in (*map(maps.self_attention, (0, 1)), *map(maps.cross_attention, (0, 1))):
         ((branch, patches),) = attention.patches.items()
-        assert patches.shape == maps.grid_sizes[branch]
-        # The center of the attended patch or patches is at most one patch away from that of the spot
-        patch = np.array(crop.size) / patches.shape
-        aligned = attention.on_image()
-        assert aligned.shape == (height, width) and aligned.sum() == pytest.approx(1, abs=ROW_TOLERANCE)
-        found = [(aligned.sum(axis=1) * np.arange(height)).sum(), (aligned.sum(axis=0) * np.arange(width)).sum()]
-        assert (np.abs(found - center) <= patch).all(), (found, center, patch)
-        smooth = attention.on_image(smooth=True)
-        peak = np.unravel_index(smooth.argmax(), smooth.shape)
-        assert (np.abs(peak - center) <= patch + 1).all(), (peak, center, patch)
+        assert patches.shape == maps.grid_sizes[branch] and patches.sum() == pytest.approx(1, abs=ROW_TOLERANCE)
+        assert_is_on_the_spot(attention, branch, image)
+        assert np.array_equal(attention.on_image(), attention.on_image(branch=branch))
+
+
+@pytest.mark.parametrize("interpolate_pos_encoding", [False, True])
+def test_attention_to_a_white_spot_is_drawn_on_the_image_of_the_branch(small_config, interpolate_pos_encoding):
+    processor = make_processor(48, 48, **SPOT_PROCESSOR)
+    images = [draw_spot((300, 200), (0.35, 0.6), processor), draw_spot((70, 120), (0.7, 0.4), processor)]
+    maps = AttentionMaps(make_white_detector(small_config), processor, images, interpolate_pos_encoding)
+    for branch in (0, 1):
+        assert_is_on_the_spot(maps.self_attention(branch), branch, images[branch])
+        assert_is_on_the_spot(maps.cross_attention(1 - branch), branch, images[branch])
+        assert_is_on_the_spot(maps.rollout(), branch, images[branch])
+
+
+def test_images_of_the_branches_are_turned_upright(model, tmp_path):
+    turned = make_image(50, 44)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # orientation: to be turned by 90 degrees clockwise
+    turned.save(tmp_path / "turned.png", exif=exif)
+    images = (make_image(60, 41), turned.transpose(PIL.Image.Transpose.ROTATE_270))
+    maps = AttentionMaps(model, make_processor(), (images[0], str(tmp_path / "turned.png")))
+    assert [image.size for image in maps.images] == [(60, 41), (44, 50)]
+    assert [crop.image_size for crop in maps.crops] == [(41, 60), (50, 44)]
+    expected = AttentionMaps(model, make_processor(), images).rollout()
+    for branch in (0, 1):
+        assert np.array_equal(maps.rollout().on_image(branch=branch), expected.on_image(branch=branch))
+
+
+def test_one_image_is_that_of_every_branch(config):
+    model, processor, image = make_model(config), make_processor(), make_image()
+    maps = AttentionMaps(model, processor, image)
+    assert len(maps.images) == len(maps.crops) == config.num_branches
+    assert len(set(map(id, maps.images))) == len(set(map(id, maps.crops))) == 1
+    repeated = AttentionMaps(model, processor, [image] * config.num_branches)
+    # No difference was measured; kernels may differ in the last digit of float32 by the layout of their input
+    assert np.allclose(repeated.rollout().on_image(), maps.rollout().on_image(), rtol=1e-6, atol=0)
+    summed = sum(maps.rollout().on_image(branch=branch) for branch in range(config.num_branches))
+    assert np.allclose(maps.rollout().on_image(), summed, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_wrong_number_of_images_is_refused_before_they_are_read(model, number):
+    with pytest.raises(ValueError, match=f"one image or 2, one for each branch of the model, got {number}"):
+        AttentionMaps(model, None, ["missing.png"] * number)
+
+
+def test_maps_that_cannot_be_drawn_on_one_image_name_the_remedy(model):
+    maps = AttentionMaps(model, make_processor(), (make_image(50, 44), make_image(44, 50)))
+    with pytest.raises(ValueError, match=r"branches \[0, 1\] have different sizes.*choose one of them with `branch`"):
+        maps.rollout().on_image()
+    with pytest.raises(ValueError, match=r"`branch=0` must be one of \[1\]"):
+        maps.cross_attention(0).on_image(branch=0)
 
 
 def test_scaled_copy_has_the_same_attention(model):
@@ -336,7 +348,7 @@ def test_threads_do_not_mix_their_maps(model):
 
 
 def test_backbone_is_refused(small_config):
-    with pytest.raises(TypeError, match="got a CrossViTBackbone"):
+    with pytest.raises(ValueError, match="got a BackboneOutput"):
         AttentionMaps(CrossViTBackbone(small_config), make_processor(), make_image())
 
 

@@ -10,7 +10,7 @@ import pytest
 from examples_in_process import EXAMPLES
 from timm_reference import perturb
 
-from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
+from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor, interpretability
 
 
 def save_checkpoint(config, folder):
@@ -34,6 +34,24 @@ def test_picture_of_every_stage(example, small_config, tmp_path, size):
         assert min(drawn.size) > 500 and np.unique(np.asarray(drawn.convert("L"))).size > 50
 
 
+def test_each_map_is_drawn_on_the_image_of_its_branch(example, small_config, tmp_path, monkeypatch):
+    rows = []
+    draw_rows = interpretability.draw_rows
+    monkeypatch.setattr(interpretability, "draw_rows", lambda cells, **options: rows.extend(cells) or draw_rows(cells))
+    images = [tmp_path / "photo.png", tmp_path / "mask.png"]
+    PIL.Image.new("RGB", (90, 60), "red").save(images[0])
+    PIL.Image.new("L", (40, 80), "white").save(images[1])
+    checkpoint = save_checkpoint(small_config, tmp_path / "checkpoint")
+    status, output, errors = example("explain", *images, "--model", checkpoint, "--output", tmp_path / "explained.png")
+    assert status == 0 and (tmp_path / "explained.png").is_file(), errors
+    assert output.startswith(f"{images[0]}  {images[1]}  LABEL_")
+    # (width, height) of the pictures
+    photo, mask = (480, 320), (240, 480)
+    sizes = [[cell.image.size for cell in row if isinstance(cell, interpretability.Picture)] for row in rows]
+    # The inputs; rollout; in each stage self-attention, then cross-attention to the other branch
+    assert sizes == [[photo, mask], [photo, mask], [photo, mask, mask, photo], [photo, mask, mask, photo]]
+
+
 def test_three_branches_and_a_branch_without_layers(example, tmp_path):
     config = CrossViTConfig(
         image_size=(36, 32, 40),
@@ -50,13 +68,15 @@ def test_three_branches_and_a_branch_without_layers(example, tmp_path):
     assert status == 0 and (tmp_path / "explained.pdf").read_bytes().startswith(b"%PDF"), errors
 
 
-def test_user_errors_end_with_one_line(example, tmp_path):
+def test_user_errors_end_with_one_line(example, small_config, tmp_path):
+    checkpoint = save_checkpoint(small_config, tmp_path / "checkpoint")
     (tmp_path / "text.png").write_text("not an image")
     PIL.Image.new("RGB", (50, 40)).save(tmp_path / "image.png")
     for arguments, message in (
         (("typo.png",), "typo.png"),
         ((tmp_path / "text.png",), "cannot identify image file"),
         ((tmp_path / "image.png", "--model", tmp_path / "typo"), "typo: no CrossViT"),
+        ((*[tmp_path / "image.png"] * 3, "--model", checkpoint), "one image or 2"),
     ):
         status, output, errors = example("explain", *arguments)
         assert status == 1 and message in errors and len(errors.splitlines()) == 1, errors

@@ -18,6 +18,9 @@ maps = AttentionMaps(model, image_processor, image)
 maps.self_attention(branch=0)                    # of the class token in the last layer, averaged over the heads
 maps.cross_attention(branch=1, stage=0, head=2)  # of the class token of branch 1 to the patches of branch 0
 maps.rollout().on_image()                        # (height, width) of the image
+
+maps = AttentionMaps(model, image_processor, (photo, mask))  # an image of its own for each branch
+maps.rollout().on_image(branch=1)                            # (height, width) of the mask
 ```
 """
 
@@ -30,6 +33,8 @@ import numpy as np
 import PIL.Image
 import torch
 from transformers.image_utils import load_image
+
+from .rollout import attention_rollout, attention_weights_by_stage, select
 
 
 @dataclass(frozen=True)
@@ -108,58 +113,84 @@ class AttentionMap:
     Args:
         class_tokens (`dict[int, float]`): the attention to class tokens, by branch.
         patches (`dict[int, np.ndarray]`): the attention to the patches (rows, columns), by branch.
-        crop (`CropRegion`): where the patches are in the image.
+        crops (`dict[int, CropRegion]`): where the patches are in the image of the branch, by branch.
     """
 
     class_tokens: dict[int, float]
     patches: dict[int, np.ndarray]
-    crop: CropRegion
+    crops: dict[int, CropRegion]
 
-    def on_image(self, smooth: bool = False, image_size: tuple[int, int] | None = None) -> np.ndarray:
+    def on_image(
+        self, smooth: bool = False, image_size: tuple[int, int] | None = None, branch: int | None = None
+    ) -> np.ndarray:
         """
-        The attention to the patches, spread evenly over their areas and summed over the branches.
+        The attention to the patches, spread evenly over their areas.
 
         Args:
             smooth, image_size:
                 As in [`CropRegion.align`].
+            branch (`int`, *optional*): whose patches, on its image; by default the sum over the branches in `patches`.
 
         Returns:
             `np.ndarray`: (height, width) of the image, the attention to each pixel: 0 outside the crop. Its sum is
-            the attention to all patches, unless `smooth` or the image was padded.
+            the attention to all these patches, unless `smooth` or the image was padded.
+
+        Raises:
+            `ValueError`: if `patches` has no such branch, or a sum is over images of different sizes.
         """
-        height, width = image_size or self.crop.image_size
-        crop_pixels = np.prod(self.crop.size) * height * width / np.prod(self.crop.image_size)
-        densities = [patches * patches.size / crop_pixels for patches in self.patches.values()]
-        return np.sum([self.crop.align(density, smooth, image_size) for density in densities], axis=0)
+        branches = list(self.patches)
+        if branch is not None:
+            if branch not in branches:
+                raise ValueError(f"`branch={branch}` must be one of {branches}: the map has no patches of others.")
+            branches = [branch]
+        crop = self.crops[branches[0]]
+        if any(self.crops[index] != crop for index in branches):
+            raise ValueError(
+                f"The images of branches {branches} have different sizes, so that the attention to them cannot be"
+                " summed: choose one of them with `branch`."
+            )
+        height, width = image_size or crop.image_size
+        crop_pixels = np.prod(crop.size) * height * width / np.prod(crop.image_size)
+        densities = [self.patches[index] * self.patches[index].size / crop_pixels for index in branches]
+        return np.sum([crop.align(density, smooth, image_size) for density in densities], axis=0)
 
 
 class AttentionMaps:
     """
-    The attention of a model for one image. The model runs once, with eager attention and without dropout, since other
-    attention implementations do not return weights; afterwards its settings are restored. Threads may share a model
-    that was loaded with `attn_implementation="eager"` and is in evaluation mode.
+    The attention of a model for one image, or for an image of its own for each branch. The model runs once, with eager
+    attention and without dropout, since other attention implementations do not return weights; afterwards its settings
+    are restored. Threads may share a model that was loaded with `attn_implementation="eager"` and is in evaluation
+    mode.
 
     Args:
         model (`CrossViTForImageClassification` or `CrossViTModel`): on any device.
         image_processor (`CrossViTImageProcessor` or `CrossViTImageProcessorPil`): of the model.
-        image (`PIL.Image.Image` or `str`): or its path or URL. Turned upright by its EXIF orientation as in pipelines.
+        image (`PIL.Image.Image`, `str`, or a `tuple` or `list` of them):
+            An image, its path or its URL; or one for each branch. Images are turned upright by their EXIF orientation,
+            as in pipelines.
         interpolate_pos_encoding (`bool`, *optional*, defaults to `False`): as in [`CrossViTModel`].
 
     Raises:
-        `TypeError`: for a model of another class.
+        `ValueError`: if there are neither one nor as many images as branches, or for a model of another class.
 
     Attributes:
-        image (`PIL.Image.Image`): upright and in RGB.
+        images (`tuple[PIL.Image.Image, ...]`): the image of each branch, upright and in RGB.
         outputs (`ModelOutput`): of the model, with the logits.
-        crop (`CropRegion`): the part of the image that reaches the model.
+        crops (`tuple[CropRegion, ...]`): the part of the image of each branch that reaches the model.
         grid_sizes (`list[tuple[int, int]]`): (rows, columns) of patches of each branch.
     """
 
     def __init__(self, model: Any, image_processor: Any, image: Any, interpolate_pos_encoding: bool = False):
-        self.image = load_image(image)
         self.config = model.config
-        pixel_values = image_processor(self.image, return_tensors="pt").pixel_values
-        self.crop = CropRegion.from_processed(image_processor, self.image, pixel_values)
+        is_per_branch = isinstance(image, (list, tuple))
+        if is_per_branch and len(image) != self.config.num_branches:
+            raise ValueError(
+                f"`image` must be one image or {self.config.num_branches}, one for each branch of the model, got"
+                f" {len(image)}."
+            )
+        images = tuple(load_image(entry) for entry in (image if is_per_branch else [image]))
+        pixel_values = image_processor([images] if is_per_branch else images, return_tensors="pt").pixel_values
+        crops = tuple(CropRegion.from_processed(image_processor, entry, pixel_values) for entry in images)
         with torch.no_grad(), eager_attention(model):
             self.outputs = model(
                 pixel_values.to(model.device, model.dtype),
@@ -167,26 +198,14 @@ class AttentionMaps:
                 output_attentions=True,
                 return_dict=True,
             )
-
-        if getattr(self.outputs, "cross_attentions", None) is None:
-            raise TypeError(
-                "The model must be a CrossViTForImageClassification or a CrossViTModel, which return cross-attention"
-                f" weights, got a {type(model).__name__}."
-            )
-
+        self._stages = attention_weights_by_stage(self.outputs, self.config)
+        self.images = images if is_per_branch else images * self.config.num_branches
+        self.crops = crops if is_per_branch else crops * self.config.num_branches
         height, width = pixel_values.shape[-2:]
         self.grid_sizes = [
             embeddings.get_grid_size(embeddings.get_image_size(height, width, interpolate_pos_encoding))
             for embeddings in model.branch_embeddings
         ]
-        # (heads, queries, keys) by stage, branch and layer; only the first cross-attention layer attends to patches
-        attentions, cross_attentions = iter(self.outputs.attentions), iter(self.outputs.cross_attentions)
-        self.self_weights: list[list[list[np.ndarray]]] = []
-        self.cross_weights: list[list[np.ndarray]] = []
-        for *branch_depths, fusion_depth in self.config.depth:
-            self.self_weights.append([[to_array(next(attentions)) for _ in range(depth)] for depth in branch_depths])
-            layers = [[to_array(next(cross_attentions)) for _ in range(max(1, fusion_depth))] for _ in branch_depths]
-            self.cross_weights.append([first for first, *_ in layers])
 
     def self_attention(
         self, branch: int, stage: int = -1, layer: int = -1, head: int | None = None, token: int = 0
@@ -203,7 +222,8 @@ class AttentionMaps:
         Raises:
             `ValueError`: if one of them is out of range.
         """
-        layers = select("branch", branch, select("stage", stage, self.self_weights))
+        self_weights, _ = select("stage", stage, self._stages)
+        layers = select("branch", branch, self_weights)
         weights = select("layer", layer, layers, f" in branch {branch} of stage {stage}")
         return self._map(branch, branch, select("token", token, select_head(weights, head)))
 
@@ -219,7 +239,8 @@ class AttentionMaps:
         Raises:
             `ValueError`: if one of them is out of range.
         """
-        weights = select("branch", branch, select("stage", stage, self.cross_weights))
+        _, cross_weights = select("stage", stage, self._stages)
+        weights = select("branch", branch, cross_weights)
         return self._map(branch, branch + 1, select_head(weights, head)[0])
 
     def class_token_maps(self, stage: int = -1, head: int | None = None) -> dict[str, AttentionMap]:
@@ -233,7 +254,8 @@ class AttentionMaps:
         """
         branches = range(self.config.num_branches)
         maps = {}
-        for branch, layers in zip(branches, select("stage", stage, self.self_weights)):
+        self_weights, _ = select("stage", stage, self._stages)
+        for branch, layers in zip(branches, self_weights):
             rows, columns = self.grid_sizes[branch]
             if layers:
                 title = f"branch {branch} ({rows}x{columns} patches)\nself-attention"
@@ -245,51 +267,27 @@ class AttentionMaps:
 
     def rollout(self, branch: int | None = None) -> AttentionMap:
         """
-        Attention rollout (Abnar and Zuidema 2020, arXiv:2005.00928): the share of each input token in the class token
-        of a branch at the end, if attention were all that moves information between tokens. Heads are averaged, half
-        of each token stays through the residual, and layers are multiplied. With several branches, the tokens of all
-        of them form one sequence, in which
-
-        - a layer of a branch mixes the tokens of that branch: x <- (x + A x) / 2;
-        - a fusion mixes the class token c of a branch with the patches p of the next branch:
-          c <- (c + a_0 c + sum_n a_n p_n) / 2. The projections to the width of the other branch and back act on each
-          token by itself, as MLPs do, and so does every cross-attention layer after the first, where the class token
-          attends only to itself: they change nothing here.
+        The share of each input token in the class token of a branch at the end, as [`attention_rollout`] defines it.
 
         Args:
-            branch (`int`, *optional*): whose class token; by default the mean over the branches, as logits are the
-                mean over the heads of the branches.
+            branch (`int`, *optional*): whose class token; by default the mean over the branches.
 
         Raises:
             `ValueError`: if `branch` is out of range.
         """
-        ends = np.cumsum([1 + rows * columns for rows, columns in self.grid_sizes])
-        starts = [0, *ends[:-1]]
-        # Row i holds the shares of all input tokens in token i, in float64 since dozens of layers are multiplied
-        shares = np.eye(ends[-1])
-        for self_weights, cross_weights in zip(self.self_weights, self.cross_weights):
-            for start, end, layers in zip(starts, ends, self_weights):
-                for weights in layers:
-                    shares[start:end] = (shares[start:end] + select_head(weights, None) @ shares[start:end]) / 2
-            for index, weights in enumerate(cross_weights):  # in any order: they change class tokens and read patches
-                next_index = (index + 1) % len(starts)
-                class_shares = shares[starts[index]]
-                keys = np.vstack((class_shares, shares[starts[next_index] + 1 : ends[next_index]]))
-                shares[starts[index]] = (class_shares + select_head(weights, None)[0] @ keys) / 2
-
-        result = shares[starts].mean(axis=0) if branch is None else shares[select("branch", branch, starts)]
-        branches = list(enumerate(zip(starts, ends, self.grid_sizes)))
+        rows = [row[0].cpu().double().numpy() for row in attention_rollout(self.outputs, self.config, branch)]
         return AttentionMap(
-            {index: float(result[start]) for index, (start, _, _) in branches},
-            {index: result[start + 1 : end].reshape(grid) for index, (start, end, grid) in branches},
-            self.crop,
+            {index: float(row[0]) for index, row in enumerate(rows)},
+            {index: row[1:].reshape(grid_size) for index, (row, grid_size) in enumerate(zip(rows, self.grid_sizes))},
+            dict(enumerate(self.crops)),
         )
 
     def _map(self, class_branch: int, patch_branch: int, weights: np.ndarray) -> AttentionMap:
         """The map of a token that attends to the class token of one branch and to the patches of one."""
         class_branch, patch_branch = (index % len(self.grid_sizes) for index in (class_branch, patch_branch))
         patches = weights[1:].reshape(self.grid_sizes[patch_branch])
-        return AttentionMap({class_branch: float(weights[0])}, {patch_branch: patches}, self.crop)
+        crops = {patch_branch: self.crops[patch_branch]}
+        return AttentionMap({class_branch: float(weights[0])}, {patch_branch: patches}, crops)
 
 
 @contextmanager
@@ -307,20 +305,10 @@ def eager_attention(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def to_array(weights: torch.Tensor) -> np.ndarray:
-    """(1, heads, queries, keys) -> (heads, queries, keys)"""
-    return weights[0].float().cpu().numpy()
-
-
-def select_head(weights: np.ndarray, head: int | None) -> np.ndarray:
-    """(heads, queries, keys) -> (queries, keys) of a head, or the mean of all heads"""
-    return weights.mean(axis=0, dtype=np.float64) if head is None else select("head", head, weights)
-
-
-def select(name: str, index: int, entries: Any, where: str = "") -> Any:
-    if not -len(entries) <= index < len(entries):
-        raise ValueError(f"`{name}={index}` is out of range: there are {len(entries)}{where}, counted from 0.")
-    return entries[index]
+def select_head(weights: torch.Tensor, head: int | None) -> np.ndarray:
+    """(1, heads, queries, keys) -> (queries, keys) of a head, or the mean of all heads"""
+    heads = weights[0] if head is None else select("head", head, weights[0]).unsqueeze(0)
+    return heads.cpu().double().mean(dim=0).numpy()
 
 
 __all__ = ["AttentionMap", "AttentionMaps", "CropRegion"]

@@ -30,8 +30,8 @@ from torch import nn
 
 def attention_weights_by_stage(outputs: Any, config: Any) -> list[tuple[list[list[torch.Tensor]], list[torch.Tensor]]]:
     """
-    For each stage, the self-attention weights by branch and layer, and those of the fusions by branch: of their first
-    layer, the only one that attends to patches.
+    The attention weights (batch_size, num_heads, queries, keys) of each stage: of self-attention by branch and layer,
+    and of the fusions by branch. Those of a fusion are of its first layer, the only one that attends to patches.
 
     Raises:
         `ValueError`: if `outputs` has no attention weights.
@@ -39,8 +39,9 @@ def attention_weights_by_stage(outputs: Any, config: Any) -> list[tuple[list[lis
     attentions, cross_attentions = getattr(outputs, "attentions", None), getattr(outputs, "cross_attentions", None)
     if not cross_attentions or any(weights is None for weights in (*attentions, *cross_attentions)):
         raise ValueError(
-            "The outputs have no attention weights: load a CrossViTForImageClassification or a CrossViTModel with"
-            " `attn_implementation='eager'`, and call it with `output_attentions=True`."
+            "`outputs` must have the weights of self-attention and cross-attention, got a"
+            f" {type(outputs).__name__} without them: call a CrossViTForImageClassification or a CrossViTModel with"
+            " `output_attentions=True`, after `model.set_attn_implementation('eager')`."
         )
     self_weights, cross_weights = iter(attentions), iter(cross_attentions)
     stages = []
@@ -66,59 +67,62 @@ def attention_rollout(outputs: Any, config: Any, branch: int | None = None) -> t
 
     Args:
         outputs ([`CrossViTImageClassifierOutput`] or [`CrossViTModelOutput`]):
-            Of a model with eager attention, called with `output_attentions=True`. Gradients pass through the attention
-            weights. In training these are after dropout.
+            Of a model with eager attention, compiled or not, called with `output_attentions=True`. Gradients pass
+            through the attention weights, which have none with reentrant gradient checkpointing
+            (`use_reentrant=True`). In training mode the weights are those after dropout.
         config ([`CrossViTConfig`]): of the model.
         branch (`int`, *optional*): whose class token; by default the mean over the branches, as logits are the mean
             over the heads of the branches.
 
     Returns:
         `tuple[torch.Tensor, ...]`: for each branch (batch_size, 1 + num_patches) in float32, the shares of its class
-        token and of its patches in the image of the branch. The shares in all branches sum to one.
+        token and of its patches. The shares of all branches together sum to one, as the attention weights do.
 
     Raises:
         `ValueError`: if `outputs` has no attention weights, or `branch` is out of range.
     """
     stages = attention_weights_by_stage(outputs, config)
-    num_branches = config.num_branches
-    if branch is not None and not -num_branches <= branch < num_branches:
-        raise ValueError(f"`branch={branch}` is out of range: there are {num_branches}, counted from 0.")
+    branches = range(config.num_branches)
+    if branch is not None:
+        branch = select("branch", branch, branches)
 
-    # (batch, 1 + patches) of each branch, the rows of the class tokens in the product of all layers. From the last
-    # layer to the first these are products of a vector and a matrix
-    last_fusions = stages[-1][1]
+    # The rows of the class tokens in the product of all layers, (batch, 1 + patches) of each branch. From the last
+    # layer to the first, only vectors are multiplied by matrices
+    _, last_fusions = stages[-1]
     device = last_fusions[-1].device  # with a `device_map` the branches may be on different devices
     shares = []
-    for index in range(num_branches):
-        # The fusion of the branch before it attends to as many tokens as this branch has
+    for index in branches:
+        # The fusion of the branch before attends to as many tokens as this branch has
         row = torch.zeros_like(last_fusions[index - 1][:, 0, 0], dtype=torch.float32, device=device)
-        row[:, 0] = 1 / num_branches if branch is None else index == branch % num_branches
+        row[:, 0] = 1 / len(branches) if branch is None else float(index == branch)
         shares.append(row)
 
     with torch.autocast(device.type, enabled=False):
         for layers, fusions in reversed(stages):
+            fusion_rows = [weights.to(device).float().mean(dim=1)[:, 0] for weights in fusions]
             class_shares = [row[:, :1] for row in shares]
-            weights = [fusion.to(device).float().mean(dim=1)[:, 0] for fusion in fusions]
-            for index, row in enumerate(shares):
-                class_share = class_shares[index] * (1 + weights[index][:, :1]) / 2
-                patch_shares = row[:, 1:] + class_shares[index - 1] * weights[index - 1][:, 1:] / 2
+            for index in branches:
+                class_share = class_shares[index] * (1 + fusion_rows[index][:, :1]) / 2
+                # The patches are those to which the class token of the branch before attends
+                patch_shares = shares[index][:, 1:] + class_shares[index - 1] * fusion_rows[index - 1][:, 1:] / 2
                 shares[index] = torch.cat((class_share, patch_shares), dim=1)
-            for index, branch_layers in enumerate(layers):
-                for layer in reversed(branch_layers):
-                    attention = layer.to(device).float().mean(dim=1)
+            for index in branches:
+                for weights in reversed(layers[index]):
+                    attention = weights.to(device).float().mean(dim=1)
                     shares[index] = (shares[index] + (shares[index].unsqueeze(1) @ attention).squeeze(1)) / 2
     return tuple(shares)
 
 
 def attention_iou(rollout: tuple[torch.Tensor, ...], masks: torch.Tensor, config: Any) -> torch.Tensor:
     """
-    The soft intersection over union of the attention to the patches and of masks: 1 if a branch attends evenly to the
-    masked patches and to no others. The attention is relative to its maximum in each branch; the result is the mean
-    over the branches.
+    The soft intersection over union of masks and the attention to the patches, relative to its maximum in each branch:
+    sum(a m) / sum(a + m - a m), for attention a and the masked part m of each patch. The result is the mean over the
+    branches: 1 if each attends evenly to the masked patches and to no others, 0 for an empty mask, without a gradient.
 
     Args:
         rollout (`tuple[torch.Tensor, ...]`): from [`attention_rollout`].
-        masks (`torch.Tensor`): (batch_size, height, width) between 0 and 1, over the pixels of `pixel_values`.
+        masks (`torch.Tensor`):
+            (batch_size, height, width) between 0 and 1, over the area of `pixel_values` in any resolution.
         config ([`CrossViTConfig`]): of the model, which was called with images of its native sizes.
 
     Returns:
@@ -133,18 +137,28 @@ def attention_iou(rollout: tuple[torch.Tensor, ...], masks: torch.Tensor, config
         )
     overlaps = []
     for shares, (height, width), patch_size in zip(rollout, config.image_sizes, config.patch_size):
-        grid_size = (height // patch_size, width // patch_size)
+        rows, columns = height // patch_size, width // patch_size
         patch_shares = shares[:, 1:]
-        if patch_shares.shape[1] != grid_size[0] * grid_size[1]:
+        if patch_shares.shape[1] != rows * columns:
             raise ValueError(
-                f"The rollout has {patch_shares.shape[1]} patches where the native images have {grid_size[0]} x"
-                f" {grid_size[1]}: call the model without `interpolate_pos_encoding`."
+                f"The rollout has {patch_shares.shape[1]} patches where images of the native size have {rows} x"
+                f" {columns}: call the model without `interpolate_pos_encoding`."
             )
-        masked = nn.functional.adaptive_avg_pool2d(masks.to(shares)[:, None], grid_size).flatten(1)
-        attention = patch_shares / patch_shares.amax(dim=1, keepdim=True)
+        # (batch, height, width) -> (batch, patches)
+        masked = nn.functional.adaptive_avg_pool2d(masks.to(shares)[:, None], (rows, columns)).flatten(1)
+        # The lower bounds avoid 0 / 0 in a branch that does not contribute to the class token of another one
+        attention = patch_shares / patch_shares.amax(dim=1, keepdim=True).clamp_min(1e-12)
         intersection = (attention * masked).sum(dim=1)
-        overlaps.append(intersection / ((attention + masked).sum(dim=1) - intersection))
+        union = (attention + masked).sum(dim=1) - intersection
+        overlaps.append(intersection / union.clamp_min(1e-12))
     return torch.stack(overlaps).mean(dim=0)
 
 
-__all__ = ["attention_iou", "attention_rollout", "attention_weights_by_stage"]
+def select(name: str, index: int, entries: Any, where: str = "") -> Any:
+    """The entry with this index, negative ones from the end; a `ValueError` names an index out of range."""
+    if not -len(entries) <= index < len(entries):
+        raise ValueError(f"`{name}={index}` is out of range: there are {len(entries)}{where}, counted from 0.")
+    return entries[index]
+
+
+__all__ = ["attention_iou", "attention_rollout"]
