@@ -64,7 +64,7 @@ def test_all_images_get_the_size_of_the_model(options, size):
 
 def test_the_transform_of_the_paper_is_timms():
     """That of DeiT's training, of which CrossViT's took its augmentation."""
-    transform = TrainingTransform(AugmentationArguments(**PAPER), processor_of()).transform
+    transform = TrainingTransform(AugmentationArguments(**PAPER), processor_of()).finish
     expected = timm.data.create_transform(
         16, is_training=True, auto_augment="rand-m9-mstd0.5-inc1", interpolation="bicubic", re_prob=0.25,
         re_mode="pixel", re_count=1, mean=(0.1, 0.4, 0.7), std=(0.229, 0.224, 0.225),

@@ -45,9 +45,9 @@ def save(folder, **splits) -> None:
     datasets.DatasetDict(splits).save_to_disk(folder)
 
 
-def contents(split) -> list[tuple]:
+def contents(split, column: str = "image") -> list[tuple]:
     """The color and label of each image."""
-    return sorted((row["image"].getpixel((0, 0)), row["labels"]) for row in split)
+    return sorted((row[column].getpixel((0, 0)), row["labels"]) for row in split)
 
 
 def test_folders_saved_data_sets_parquet_and_streams_hold_the_same_images(source, tmp_path):
@@ -148,12 +148,14 @@ def test_labels_without_names_become_classes(source, feature, values):
 def test_columns_are_found_or_named(source):
     rows = image_rows(LABELS).rename_columns({"image": "photo", "label": "animal"})
     save(source, train=rows.add_column("id", list(range(12))))
-    assert contents(load(source).splits["train"]) == contents(image_rows(LABELS).rename_column("label", "labels"))
+    found, expected = load(source), image_rows(LABELS).rename_column("label", "labels")
+    assert found.image_columns == ["photo"] and found.splits["train"].column_names == ["photo", "labels"]
+    assert contents(found.splits["train"], "photo") == contents(expected)
     two = source.with_name("two")
     save(two, train=rows.map(lambda row: {"copy": row["photo"]}))
-    assert "which column has the images? It has photo, animal, copy; name one with --image_column" in refused(two)
-    assert len(load(two, image_column="copy").splits["train"]) == 12
-    assert "has no column size, only photo, animal, copy" in refused(two, image_column="copy", label_column="size")
+    assert "which column has the images? It has photo, animal, copy; name one with --image_columns" in refused(two)
+    assert len(load(two, image_columns=["copy"]).splits["train"]) == 12
+    assert "has no column size, only photo, animal, copy" in refused(two, image_columns=["copy"], label_column="size")
 
 
 def test_validation_images_are_held_out_in_the_proportions_of_the_classes(source):
