@@ -375,19 +375,22 @@ def labels_of(split: datasets.Dataset, multi_label: bool) -> Iterable[list[Any]]
 
 def inspect_image(image: dict[str, Any] | None, is_mask: bool) -> dict[str, Any]:
     """Why an encoded image or mask cannot be used, or "", and whether it has transparent pixels."""
+    if image is None:
+        return {"problem": "without an image", "transparent": False}
+    problem, transparent = "", False
     try:
         decoded = datasets.Image().decode_example(image)
     except Exception as error:  # formats raise errors of many types
-        return {"problem": f"{(image or {}).get('path') or 'an image'}: {error}", "transparent": False}
-    if decoded.mode.startswith(("I", "F")):
-        return {"problem": f"{image['path']}: more than 8 bits per channel; convert it to 8", "transparent": False}
-    brightest = decoded.convert("L").getextrema()[1] if is_mask else 255
-    if 0 < brightest < 128:
-        problem = f"{image['path']}: no white object, as a mask must have; its brightest pixel is {brightest} of 255"
-        return {"problem": problem, "transparent": False}
-    has_alpha = "A" in decoded.getbands() or "transparency" in decoded.info
-    transparent = has_alpha and decoded.convert("RGBA").getextrema()[3][0] < 255
-    return {"problem": "", "transparent": transparent}
+        problem = str(error)
+    else:
+        transparent = "A" in decoded.getbands() or "transparency" in decoded.info
+        transparent = transparent and decoded.convert("RGBA").getextrema()[3][0] < 255
+        brightest = decoded.convert("L").getextrema()[1]
+        if decoded.mode.startswith(("I", "F")):
+            problem = "more than 8 bits per channel; convert it to 8"
+        elif is_mask and 0 < brightest < 128:
+            problem = f"the brightest pixel of the mask is {brightest} of 255; objects must be white"
+    return {"problem": problem and f"{image['path'] or 'an image'}: {problem}", "transparent": transparent}
 
 
 def some(names: Iterable[str], limit: int = 5) -> str:

@@ -88,7 +88,8 @@ class GuidedAttentionTrainer(CrossViTTrainer):
         if loss.requires_grad and not overlaps.requires_grad:
             raise ValueError(
                 "`mask_weight`: the attention has no gradient. Reentrant gradient checkpointing takes it away: use"
-                """ --gradient_checkpointing_kwargs '{"use_reentrant": false}'"""
+                """ --activation_checkpointing_kwargs '{"use_reentrant": false}' (in older releases of Transformers"""
+                " --gradient_checkpointing_kwargs)."
             )
         labels_per_image = labels.ne(-100).flatten(1).sum(dim=1) if labels.ndim > 1 else labels.ne(-100)
         guidance = self.mean_of_step(((1 - overlaps) * labels_per_image).sum(), labels, num_items_in_batch)
