@@ -143,8 +143,8 @@ def test_random_policies_are_refused_with_several_images_or_masks():
 
 def test_several_images_and_masks_are_evaluated_by_the_processor():
     photos, scans = [noise(), noise((30, 40))], [noise((25, 20)), noise((40, 30))]
-    # A mask of the half of each photo, of another size: it is where the photo is
-    masks = [PIL.Image.new("1", (60, 60)), PIL.Image.new("1", (60, 80))]
+    # A mask of the half of each photo, of another size and shape: it is where the photo is
+    masks = [PIL.Image.new("1", (60, 40)), PIL.Image.new("1", (60, 60))]
     for mask in masks:
         mask.paste(1, (0, 0, 30, 80))
     transform = EvaluationTransform(processor_of(), ["photo", "scan"], "mask")

@@ -140,21 +140,20 @@ class TrainingTransform:
         )
 
     def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        images = [resized_to_first(row) for row in zip(*(rows[column] for column in self.image_columns))]
-        if self.mask_column is None:
-            moved = [self.move(row) for row in images]
-            return {"pixel_values": [self.pixel_values(row) for row in moved], "labels": rows["labels"]}
-        batch: dict[str, list[Any]] = {"pixel_values": [], "labels": rows["labels"], "mask": []}
-        for row, mask in zip(images, rows[self.mask_column]):
-            pixels = v2.functional.pil_to_tensor(as_mask(mask, row[0]))
-            moved, mask = self.move((row, tv_tensors.Mask(pixels)))
-            batch["pixel_values"].append(self.pixel_values(moved))
-            batch["mask"].append(mask[0] / 255)
+        batch: dict[str, list[Any]] = {"pixel_values": [], "labels": rows["labels"]}
+        if self.mask_column is not None:
+            batch["mask"] = []
+        for number, images in enumerate(zip(*(rows[column] for column in self.image_columns))):
+            row: list[Any] = resized_to_first(images)
+            if self.mask_column is not None:
+                mask = as_mask(rows[self.mask_column][number], images[0])
+                row.append(tv_tensors.Mask(v2.functional.pil_to_tensor(mask)))
+            row = self.move(row)
+            if self.mask_column is not None:
+                batch["mask"].append(row.pop()[0] / 255)
+            pixel_values = [self.finish(image) for image in row]
+            batch["pixel_values"].append(torch.stack(pixel_values) if len(row) > 1 else pixel_values[0])
         return batch
-
-    def pixel_values(self, images: Sequence[PIL.Image.Image]) -> torch.Tensor:
-        finished = [self.finish(image) for image in images]
-        return finished[0] if len(finished) == 1 else torch.stack(finished)
 
 
 def resized_to_first(images: Sequence[PIL.Image.Image]) -> list[PIL.Image.Image]:
