@@ -143,16 +143,16 @@ def test_random_policies_are_refused_with_several_images_or_masks():
 
 def test_several_images_and_masks_are_evaluated_by_the_processor():
     photos, scans = [noise(), noise((30, 40))], [noise((25, 20)), noise((40, 30))]
-    # A mask of the half of each photo, of another size and shape: it is where the photo is
+    # A mask of the left quarter of each photo, of another size and shape: the processor crops as of the photo
     masks = [PIL.Image.new("1", (60, 40)), PIL.Image.new("1", (60, 60))]
     for mask in masks:
-        mask.paste(1, (0, 0, 30, 80))
+        mask.paste(1, (0, 0, 15, 60))
     transform = EvaluationTransform(processor_of(), ["photo", "scan"], "mask")
     found = transform({"photo": photos, "scan": scans, "mask": masks, "labels": [1, 2]})
     for images, pixel_values in zip(zip(photos, scans), found["pixel_values"]):
         assert torch.equal(pixel_values, processor_of()(list(images), return_tensors="pt")["pixel_values"])
     for mask in found["mask"]:
-        assert mask.shape == (16, 16) and mask[:, :7].eq(1).all() and mask[:, 9:].eq(0).all()
+        assert mask.shape == (16, 16) and mask[:, :2].eq(1).all() and mask[:, 6:].eq(0).all()
         assert mask.min() == 0 and mask.max() == 1
 
 
