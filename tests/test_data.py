@@ -135,6 +135,7 @@ def test_metadata_may_name_several_images_of_a_row(source, tmp_path):
             assert found.class_names[row["labels"]] == ("same" if light[0] == light[1] else "different")
     # The columns of images are those of the branches, in their order; others are not loaded
     assert load(source, image_columns=["scan"]).splits["train"].column_names == ["scan", "labels"]
+    assert load(source, mask_column="scan").image_columns == ["photo"]
     assert load(source, image_columns=["scan", "photo"]).image_columns == ["scan", "photo"]
     assert "has no column depth, only label, photo, scan" in refused(source, image_columns=["photo", "depth"])
     assert "has no column depth" in refused(source, image_columns=["photo"], mask_column="depth")
@@ -160,7 +161,7 @@ def test_masks_without_white_are_named(source):
     write_pairs(source, {"train": 4, "val": 4})
     write_files(source, {"train/scans/0.png": image_bytes(0, mode="L"), "train/scans/3.png": image_bytes(1, mode="L")})
     prepare(source, image_columns=["photo", "scan"])
-    message = refused(source, image_columns=["photo"], mask_column="scan")
+    message = refused(source, mask_column="scan")
     assert (
         message.startswith("1 of 4 images of 'train' cannot be read: row 3") and "of the mask is 1 of 255" in message
     )

@@ -167,13 +167,13 @@ def photos(tmp_path, small_config):
 @pytest.mark.parametrize(
     "options",
     [
-        ["--image_columns", "photo"],
+        ["--mask_weight", "2"],
         ["--image_columns", "photo", "mask"],  # a mask may also be an image
-        ["--image_columns", "photo", "--mask_weight", "0"],
-        ["--image_columns", "photo", "--lora_rank", "2", "--average_decay", "0.9"],
-        ["--image_columns", "photo", "--bf16", f"--{CHECKPOINTING}"],
+        ["--mask_weight", "0"],
+        ["--lora_rank", "2", "--average_decay", "0.9"],
+        ["--bf16", f"--{CHECKPOINTING}"],
     ],
-    ids=lambda options: " ".join(options[1:4]),
+    ids=lambda options: " ".join(options),
 )
 def test_the_command_reports_the_overlap(finetune, photos, options):
     folder = finetune("--mask_column", "mask", "--mask_weight", "2", "--num_train_epochs", "2", *options, data=photos)

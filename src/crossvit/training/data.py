@@ -52,7 +52,7 @@ class ImageSource:
     image_columns: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Columns of images, one for all branches or one for each; default: the only column of images."
+            "help": "Columns of images, one for all branches or one for each; default: the only one (but for masks)."
         },
     )
     label_column: str | None = field(default=None, metadata={"help": "Default: the only column of class labels."})
@@ -308,7 +308,8 @@ def select_columns(
     # Some streams know their columns only after a look at the first row
     splits = {name: split if split.features else split._resolve_features() for name, split in splits.items()}
     features = next(iter(splits.values())).features
-    image_columns = source.image_columns or [only_column(source.data, "image", features)]
+    others = datasets.Features({name: feature for name, feature in features.items() if name != mask_column})
+    image_columns = source.image_columns or [only_column(source.data, "image", others)]
     label_column = source.label_column or only_column(source.data, "label", features)
     columns = dict.fromkeys([*image_columns, *([mask_column] if mask_column else [])])
     for name, split in splits.items():
