@@ -33,7 +33,7 @@ from crossvit.training.augmentation import Collator, EvaluationTransform
 from crossvit.training.data import ImageSource, LabelledImages
 from crossvit.training.errors import CommandError
 from crossvit.training.metrics import SingleLabelMetric
-from crossvit.training.run import transformed
+from crossvit.training.run import check_image_columns, transformed
 
 
 VARIANTS = Path(__file__).parents[1] / "conversion" / "variants.json"
@@ -60,8 +60,8 @@ class EvaluationArguments:
 class MatchedTransform(EvaluationTransform):
     """Rows for evaluation, with the model's class for each class of the data."""
 
-    def __init__(self, processor: Any, classes: list[int]):
-        super().__init__(processor)
+    def __init__(self, processor: Any, image_columns: list[str], classes: list[int]):
+        super().__init__(processor, image_columns)
         self.classes = classes
 
     def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -137,6 +137,7 @@ def main() -> None:
     model, processor = load_checkpoint(args.model, dtype=getattr(torch, args.dtype))
     with training_args.main_process_first():
         images = LabelledImages.load(source)
+        check_image_columns(images.image_columns, model)
         if images.multi_label:
             raise CommandError(f"{source.data}: images with several labels each have no top-1 accuracy")
         split = choose_split(images, args)
@@ -151,7 +152,8 @@ def main() -> None:
         compute_metrics=metric.of_prediction,
         preprocess_logits_for_metrics=metric.reduce_logits,
     )
-    prediction = trainer.predict(transformed(images.splits[split], MatchedTransform(processor, classes)))
+    transform = MatchedTransform(processor, images.image_columns, classes)
+    prediction = trainer.predict(transformed(images.splits[split], transform))
     if not trainer.is_world_process_zero():
         return
     published = published_figures(args.model)

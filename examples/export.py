@@ -66,10 +66,10 @@ def load_images(args: argparse.Namespace, config: Any, processor: Any) -> tuple[
 
     def load(split: str, count: int) -> tuple[torch.Tensor, list[Any]]:
         images = splits[split].shuffle(seed=0).select(range(min(count, len(splits[split]))))
+        (column,) = loaded.image_columns
         rows = tqdm(images, f"{split} images", leave=False)
-        return torch.cat([processor(row["image"], return_tensors="pt")["pixel_values"] for row in rows]), images[
-            "labels"
-        ]
+        pixel_values = torch.cat([processor(row[column], return_tensors="pt")["pixel_values"] for row in rows])
+        return pixel_values, images["labels"]
 
     calibration, _ = load("train", args.calibration_images)
     test, indices = load("validation", args.test_images)

@@ -20,6 +20,10 @@ The same command goes on where it stopped. Options of Transformers' TrainingArgu
     --bf16 --gradient_checkpointing --gradient_accumulation_steps 4 --torch_compile --push_to_hub
     torchrun --nproc_per_node 8 examples/finetune.py ...      # on several devices
 
+Columns of the data may give each branch an image of its own, and the attention masks of the objects to learn from:
+
+    --image_columns photo infrared --mask_column mask --mask_weight 0.1
+
 --lora_rank saves a merged model as any other, and its adapter with the new heads beside it. To load the adapter:
 
     model = CrossViTForImageClassification.from_pretrained("base", num_labels=3, ignore_mismatched_sizes=True)
@@ -40,6 +44,7 @@ from crossvit import CrossViTForImageClassification
 from crossvit.training.augmentation import AugmentationArguments
 from crossvit.training.data import DataArguments, LabelledImages
 from crossvit.training.errors import CommandError
+from crossvit.training.guided_attention import GuidanceArguments
 from crossvit.training.image_sizes import set_image_size
 from crossvit.training.run import TRAINING_DEFAULTS, finish, make_trainer, prepare_images, train
 
@@ -112,9 +117,9 @@ def make_model(args: ModelArguments, images: LabelledImages, pretrained: Any, co
 
 
 def main() -> None:
-    groups: Any = [ModelArguments, DataArguments, AugmentationArguments, TrainingArguments]
+    groups: Any = [ModelArguments, DataArguments, AugmentationArguments, GuidanceArguments, TrainingArguments]
     parser = make_parser(groups, __doc__, TRAINING_DEFAULTS | DEFAULTS)
-    model_args, data, augmentation, args = parse(parser)
+    model_args, data, augmentation, guidance, args = parse(parser)
     options = {} if model_args.drop_path_rate is None else {"drop_path_rate": model_args.drop_path_rate}
     pretrained = None
     if model_args.model:
@@ -124,9 +129,11 @@ def main() -> None:
     else:
         config, processor = load_config(model_args.config, **options)
 
-    images = prepare_images(data, args)
+    images = prepare_images(data, args, guidance.mask_column)
     model = make_model(model_args, images, pretrained, config, processor)
-    trainer = make_trainer(model, processor, images, data, augmentation, args, model_args.average_decay)
+    trainer = make_trainer(
+        model, processor, images, data, augmentation, args, model_args.average_decay, guidance.mask_weight
+    )
     if model_args.lora_rank and trainer.is_fsdp_enabled:
         raise CommandError("--lora_rank: adapters are too small for FSDP; use one of them")
     train(trainer)

@@ -1,11 +1,13 @@
 """Small images, folders of them and data sets."""
 
 import io
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import PIL.Image
 
 
@@ -55,3 +57,22 @@ def image_rows(labels: list[Any], feature: Any = None, images: list[Any] | None 
     return datasets.Dataset.from_dict(
         {"image": images, "label": labels}, datasets.Features({"image": datasets.Image(), "label": feature})
     )
+
+
+def write_pairs(folder: Path, splits: dict[str, int], side: int = 36) -> Path:
+    """
+    Writes pairs of noisy images, "photo" and "scan", either of which is light or dark, and the metadata of each split
+    with the number of its pairs. Their class, "same" or "different", shows only in both of them together.
+    """
+    generator = np.random.default_rng(0)
+    for split, count in splits.items():
+        files, rows = {}, []
+        for number in range(count):
+            row = {"label": ("same", "different")[number % 2 ^ number // 2 % 2]}
+            for column, light in (("photo", number % 2), ("scan", number // 2 % 2)):
+                pixels = generator.integers(0, 156, (side, side, 3)) + 100 * light
+                row[f"{column}_file_name"] = f"{column}s/{number}.png"
+                files[row[f"{column}_file_name"]] = encoded(PIL.Image.fromarray(pixels.astype(np.uint8)))
+            rows.append(json.dumps(row))
+        write_files(folder / split, {**files, "metadata.jsonl": "\n".join(rows).encode()})
+    return folder

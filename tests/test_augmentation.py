@@ -42,6 +42,7 @@ def processor_of(height: int = 16, width: int = 16) -> CrossViTImageProcessor:
         {"crop_scale": [0.5, 1.1]},
         {"horizontal_flip": -0.1},
         {"random_erasing": float("nan")},
+        {"color_jitter": -0.1},
         {"augmentation_repeats": 0},
     ],
     ids=str,
@@ -64,7 +65,7 @@ def test_all_images_get_the_size_of_the_model(options, size):
 
 def test_the_transform_of_the_paper_is_timms():
     """That of DeiT's training, of which CrossViT's took its augmentation."""
-    transform = TrainingTransform(AugmentationArguments(**PAPER), processor_of()).transform
+    transform = TrainingTransform(AugmentationArguments(**PAPER), processor_of()).finish
     expected = timm.data.create_transform(
         16, is_training=True, auto_augment="rand-m9-mstd0.5-inc1", interpolation="bicubic", re_prob=0.25,
         re_mode="pixel", re_count=1, mean=(0.1, 0.4, 0.7), std=(0.229, 0.224, 0.225),
@@ -86,6 +87,73 @@ def test_whole_images_are_resized_and_normalized():
     expected = v2.functional.pil_to_tensor(noise().resize((24, 12), PIL.Image.Resampling.BICUBIC)) / 255
     mean, std = torch.tensor([[0.1, 0.4, 0.7], [0.229, 0.224, 0.225]])[..., None, None]
     torch.testing.assert_close(found, (expected - mean) / std)
+
+
+def ramp(size: tuple[int, int] = (64, 64)) -> PIL.Image.Image:
+    """Red is the column of a pixel, green its row, from 0 to 255."""
+    rows, columns = np.mgrid[0:255:64j, 0:255:64j]
+    pixels = np.stack([columns, rows, np.zeros((64, 64))], axis=-1).astype(np.uint8)
+    return PIL.Image.fromarray(pixels).resize(size)
+
+
+def unnormalized(pixel_values: torch.Tensor) -> torch.Tensor:
+    mean, std = torch.tensor([[0.1, 0.4, 0.7], [0.229, 0.224, 0.225]])[..., None, None]
+    return pixel_values * std + mean
+
+
+def test_all_images_of_a_row_and_its_mask_are_moved_alike():
+    args = AugmentationArguments(crop_scale=[0.2, 0.6])
+    transform = TrainingTransform(args, processor_of(24, 24), ["photo", "scan"], "mask")
+    # The second image is smaller, and the mask is the column of a pixel
+    mask = ramp((128, 128)).getchannel("R")
+    rows = transform({"photo": [ramp()] * 20, "scan": [ramp((32, 32))] * 20, "mask": [mask] * 20, "labels": [0] * 20})
+    batch = Collator(2)([dict(zip(rows, row)) for row in zip(*rows.values())])
+    assert batch["pixel_values"].shape == (20, 2, 3, 24, 24) and batch["mask"].shape == (20, 24, 24)
+    photos, scans = unnormalized(batch["pixel_values"]).unbind(dim=1)
+    # One pixel of the ramp is 0.016, of the small one 0.032; by 0.015 and 0.009 they differed
+    torch.testing.assert_close(scans, photos, atol=0.03, rtol=0)
+    torch.testing.assert_close(batch["mask"], photos[:, 0], atol=0.02, rtol=0)
+    mirrored = photos[:, 0, 12, 0] > photos[:, 0, 12, -1]
+    assert 0 < mirrored.sum() < 20 and photos[:, 1, 0, 12].unique().numel() > 10
+
+
+def test_colors_and_erased_rectangles_are_those_of_each_image():
+    gray = PIL.Image.new("RGB", (24, 24), (100, 150, 200))
+    columns, rows = ["photo", "scan"], {"photo": [gray] * 8, "scan": [gray] * 8, "mask": [gray] * 8, "labels": [0] * 8}
+
+    def augmented(**options) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        batch = TrainingTransform(AugmentationArguments(**options), processor_of(), columns, "mask")(rows)
+        return *torch.stack(batch["pixel_values"]).unbind(dim=1), torch.stack(batch["mask"])
+
+    photos, scans, masks = augmented()
+    assert torch.equal(photos, scans)
+    for options in ({"color_jitter": 0.5}, {"random_erasing": 1.0}):
+        photos, scans, others = augmented(**options)
+        assert torch.equal(others, masks) and photos.ne(scans).flatten(1).any(dim=1).all()
+
+
+def test_random_policies_are_refused_with_several_images_or_masks():
+    args = AugmentationArguments(auto_augment="rand-m9-mstd0.5-inc1")
+    for columns in ((["photo", "scan"],), (["photo"], "mask")):
+        with pytest.raises(ValueError, match=r"`auto_augment` rand-m9-mstd0\.5-inc1 moves each image in its own way"):
+            TrainingTransform(args, processor_of(), *columns)
+    with pytest.raises(ValueError, match="`color_jitter` must be 0 or more, and 0 with `auto_augment`"):
+        AugmentationArguments(auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4)
+
+
+def test_several_images_and_masks_are_evaluated_by_the_processor():
+    photos, scans = [noise(), noise((30, 40))], [noise((25, 20)), noise((40, 30))]
+    # A mask of the left quarter of each photo, of another size and shape: the processor crops as of the photo
+    masks = [PIL.Image.new("1", (60, 40)), PIL.Image.new("1", (60, 60))]
+    for mask in masks:
+        mask.paste(1, (0, 0, 15, 60))
+    transform = EvaluationTransform(processor_of(), ["photo", "scan"], "mask")
+    found = transform({"photo": photos, "scan": scans, "mask": masks, "labels": [1, 2]})
+    for images, pixel_values in zip(zip(photos, scans), found["pixel_values"]):
+        assert torch.equal(pixel_values, processor_of()(list(images), return_tensors="pt")["pixel_values"])
+    for mask in found["mask"]:
+        assert mask.shape == (16, 16) and mask[:, :2].eq(1).all() and mask[:, 6:].eq(0).all()
+        assert mask.min() == 0 and mask.max() == 1
 
 
 def test_evaluation_is_that_of_the_processor():
@@ -124,6 +192,22 @@ def test_images_are_mixed_as_their_labels(name):
     odd = collator(rows[:3])
     assert odd["labels"].tolist() == torch.eye(4)[:3].tolist() and odd["pixel_values"][2].eq(2).all()
     assert AugmentationArguments().mixup(4) is None
+
+
+def test_all_images_of_a_row_are_mixed_in_the_same_rectangle():
+    """Every pixel of an image is its label, so that the mean of a mixed one is that of its labels."""
+    collator = Collator(4, mixup=AugmentationArguments(cutmix_alpha=1.0).mixup(4))
+    rows = [{"pixel_values": torch.full((2, 3, 16, 16), float(label)), "labels": label} for label in range(4)]
+    mixed = 0
+    for _ in range(8):
+        batch = collator(rows)
+        first, second = batch["pixel_values"].unbind(dim=1)
+        assert batch["pixel_values"].shape == (4, 2, 3, 16, 16) and torch.equal(first, second)
+        # A rectangle of pixels, not of channels
+        assert torch.equal(first, first[:, :1].expand_as(first))
+        torch.testing.assert_close(first.mean(dim=(1, 2, 3)), batch["labels"] @ torch.arange(4.0))
+        mixed += (batch["labels"] > 0).sum() > 4
+    assert mixed >= 4
 
 
 @pytest.mark.parametrize("length, repeats, batch_size", [(24, 3, 4), (25, 3, 4), (10, 2, 16)])

@@ -1,5 +1,6 @@
 """Images and labels are found wherever they are kept, none is lost without a word, and what is wrong is named."""
 
+import itertools
 import json
 import os
 import warnings
@@ -9,7 +10,7 @@ import datasets
 import numpy as np
 import PIL.Image
 import pytest
-from image_folders import CLASSES, encoded, image_bytes, image_rows, write_files, write_images
+from image_folders import CLASSES, encoded, image_bytes, image_rows, write_files, write_images, write_pairs
 
 from crossvit.training.data import ImageSource, LabelledImages
 from crossvit.training.errors import CommandError
@@ -25,8 +26,8 @@ def source(tmp_path):
     return tmp_path / "data"
 
 
-def load(source, **options) -> LabelledImages:
-    return LabelledImages.load(ImageSource(str(source), **options))
+def load(source, mask_column=None, **options) -> LabelledImages:
+    return LabelledImages.load(ImageSource(str(source), **options), mask_column)
 
 
 def prepare(source, fraction: float = 0.25, seed: int = 0, **options) -> LabelledImages:
@@ -45,9 +46,9 @@ def save(folder, **splits) -> None:
     datasets.DatasetDict(splits).save_to_disk(folder)
 
 
-def contents(split) -> list[tuple]:
+def contents(split, column: str = "image") -> list[tuple]:
     """The color and label of each image."""
-    return sorted((row["image"].getpixel((0, 0)), row["labels"]) for row in split)
+    return sorted((row[column].getpixel((0, 0)), row["labels"]) for row in split)
 
 
 def test_folders_saved_data_sets_parquet_and_streams_hold_the_same_images(source, tmp_path):
@@ -115,6 +116,66 @@ def test_images_that_metadata_does_not_name_are_an_error(source):
     assert f"{source}/6.png" in refused(source)
 
 
+def test_metadata_may_name_several_images_of_a_row(source, tmp_path):
+    write_pairs(source, {"train": 8, "val": 4})
+    columns = {"image_columns": ["photo", "scan"], "mask_column": "scan"}
+    images = prepare(source, **columns)
+    assert (images.image_columns, images.mask_column) == (["photo", "scan"], "scan")
+    saved = datasets.DatasetDict(images.splits)  # its labels are classes, as a stream needs them
+    saved.save_to_disk(tmp_path / "saved")
+    (tmp_path / "parquet").mkdir()
+    for name, split in saved.items():
+        split.to_parquet(tmp_path / "parquet" / f"{name}-00000-of-00001.parquet")
+    for place, streaming in ((source, False), *itertools.product((tmp_path / "saved", tmp_path / "parquet"), (0, 1))):
+        found = prepare(place, streaming=bool(streaming), **columns)
+        assert {name: len(list(split)) for name, split in found.splits.items()} == {"train": 8, "validation": 4}
+        for number, row in enumerate(found.splits["train"]):
+            light = [np.asarray(row[column]).mean() > 128 for column in ("photo", "scan")]
+            assert light == [number % 2 == 1, number // 2 % 2 == 1]
+            assert found.class_names[row["labels"]] == ("same" if light[0] == light[1] else "different")
+    # The columns of images are those of the branches, in their order; others are not loaded
+    assert load(source, image_columns=["scan"]).splits["train"].column_names == ["scan", "labels"]
+    assert load(source, mask_column="scan").image_columns == ["photo"]
+    assert load(source, image_columns=["scan", "photo"]).image_columns == ["scan", "photo"]
+    assert "has no column depth, only label, photo, scan" in refused(source, image_columns=["photo", "depth"])
+    assert "has no column depth" in refused(source, image_columns=["photo"], mask_column="depth")
+    assert "which column has the images? It has label, photo, scan; name one with --image_columns" in refused(source)
+
+
+def test_all_images_of_a_row_are_checked(source):
+    write_pairs(source, {"train": 4, "val": 4})
+    columns = {"image_columns": ["photo", "scan"]}
+    write_files(source, {"train/scans/2.png": b"no image"})
+    message = refused(source, **columns)
+    assert message.startswith("1 of 4 images of 'train' cannot be read: row 2") and "scans/2.png" in message
+    (source / "train/scans/2.png").unlink()
+    message = refused(source, **columns)
+    assert message == f"{source}: the metadata names files that are not there: {source}/train/scans/2.png"
+    write_files(source, {"train/scans/2.png": image_bytes(), "val/scans/9.png": image_bytes()})
+    message = refused(source, **columns)
+    assert message.startswith(f"{source}: 1 of 17 image files are not") and f"{source}/val/scans/9.png" in message
+
+
+def test_masks_without_white_are_named(source):
+    """Masks of zeros and ones would pass for black ones. A black one has no object."""
+    write_pairs(source, {"train": 4, "val": 4})
+    write_files(source, {"train/scans/0.png": image_bytes(0, mode="L"), "train/scans/3.png": image_bytes(1, mode="L")})
+    prepare(source, image_columns=["photo", "scan"])
+    message = refused(source, mask_column="scan")
+    assert (
+        message.startswith("1 of 4 images of 'train' cannot be read: row 3") and "of the mask is 1 of 255" in message
+    )
+
+
+def test_rows_that_lack_an_image_are_named(source):
+    rows = image_rows([0, 1, 2]).add_column("scan", [{"bytes": image_bytes(), "path": None}] * 2 + [None])
+    save(
+        source, train=rows.cast_column("scan", datasets.Image()), validation=image_rows([0]).add_column("scan", [None])
+    )
+    message = refused(source, image_columns=["image", "scan"])
+    assert message.startswith("1 of 3 images of 'train' cannot be read: row 2, without an image")
+
+
 def test_several_labels_by_metadata(source):
     for split in ("train", "test"):
         rows = [{"file_name": f"{row}.png", "labels": list(CLASSES[: row % 4])} for row in range(8)]
@@ -148,12 +209,14 @@ def test_labels_without_names_become_classes(source, feature, values):
 def test_columns_are_found_or_named(source):
     rows = image_rows(LABELS).rename_columns({"image": "photo", "label": "animal"})
     save(source, train=rows.add_column("id", list(range(12))))
-    assert contents(load(source).splits["train"]) == contents(image_rows(LABELS).rename_column("label", "labels"))
+    found, expected = load(source), image_rows(LABELS).rename_column("label", "labels")
+    assert found.image_columns == ["photo"] and found.splits["train"].column_names == ["photo", "labels"]
+    assert contents(found.splits["train"], "photo") == contents(expected)
     two = source.with_name("two")
     save(two, train=rows.map(lambda row: {"copy": row["photo"]}))
-    assert "which column has the images? It has photo, animal, copy; name one with --image_column" in refused(two)
-    assert len(load(two, image_column="copy").splits["train"]) == 12
-    assert "has no column size, only photo, animal, copy" in refused(two, image_column="copy", label_column="size")
+    assert "which column has the images? It has photo, animal, copy; name one with --image_columns" in refused(two)
+    assert len(load(two, image_columns=["copy"]).splits["train"]) == 12
+    assert "has no column size, only photo, animal, copy" in refused(two, image_columns=["copy"], label_column="size")
 
 
 def test_validation_images_are_held_out_in_the_proportions_of_the_classes(source):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
@@ -12,6 +13,7 @@ import timm
 import torch
 from examples_in_process import CLASSES, EXAMPLES, TINY_TRAINING, history, write_zoo
 from hub_server import HubServer
+from image_folders import write_pairs
 from peft import PeftModel
 from safetensors.torch import load_file
 from timm_reference import perturb
@@ -19,6 +21,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 
 from crossvit import CrossViTForImageClassification, CrossViTImageProcessor
 from crossvit.remote_code import AUTO_MAP
+from crossvit.training.data import ImageSource, LabelledImages
 
 
 # Later releases of transformers have another name for it
@@ -110,6 +113,54 @@ def test_other_image_sizes(finetune, checkpoint, text, sizes, crop):
     pixel_values = processor(PIL.Image.new("RGB", (70, 50)), return_tensors="pt")["pixel_values"]
     assert pixel_values.shape[2:] == crop
     AutoModelForImageClassification.from_pretrained(folder)(pixel_values)
+
+
+@pytest.fixture
+def pairs(tmp_path, small_config):
+    """Pairs of images whose classes show only in both of them together, beside a configuration."""
+    small_config.initializer_range = 0.15  # such narrow layers hardly begin to learn with 0.02
+    small_config.save_pretrained(tmp_path / "config")
+    return write_pairs(tmp_path / "pairs", {"train": 64, "validation": 20})
+
+
+def test_an_image_for_each_branch(finetune, example, pairs, tmp_path):
+    results = {}
+    for columns in (["photo", "scan"], ["photo"]):
+        folder = finetune("--image_columns", *columns, "--color_jitter", "0.05", data=pairs, output=columns[-1])
+        results[columns[-1]] = json.loads((folder / "validation_results.json").read_text())
+    # Half of the pairs of each kind of photo have either class. 1.0 and 0.5 were measured
+    assert results["scan"]["eval_accuracy"] >= 0.9 and results["photo"]["eval_accuracy"] <= 0.7
+
+    arguments = ["--model", tmp_path / "scan", "--data", pairs, "--cpu", "--output", tmp_path / "results.json"]
+    status, _, errors = example("evaluate_checkpoint", *arguments, "--image_columns", "photo", "scan")
+    assert status == 0, errors
+    measured = json.loads((tmp_path / "results.json").read_text())
+    assert measured["top1"] == results["scan"]["eval_accuracy"] and measured["f1"] == results["scan"]["eval_f1"]
+    status, _, errors = example("evaluate_checkpoint", *arguments, "--image_columns", "photo", "scan", "photo")
+    assert status == 1 and "one for each of its 2 branches, got 3" in errors.splitlines()[-1]
+
+
+def test_an_image_for_each_branch_from_a_stream(finetune, pairs, tmp_path):
+    images = LabelledImages.load(ImageSource(str(pairs), image_columns=["photo", "scan"]))
+    datasets.DatasetDict(images.splits).save_to_disk(tmp_path / "saved")
+    options = ["--image_columns", "photo", "scan", "--streaming", "--max_steps", "48", "--save_steps", "48"]
+    folder = finetune(*options, data=tmp_path / "saved")
+    assert json.loads((folder / "validation_results.json").read_text())["eval_accuracy"] >= 0.9
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--image_columns", "photo", "scan", "photo"], "--image_columns photo scan photo: the model takes one image"),
+        (["--image_columns", "photo", "scan", "--auto_augment", "rand-m9"], "`auto_augment` rand-m9 moves each image"),
+        (["--image_columns", "photo", "depth"], "has no column depth"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_columns_of_images_are_named(example, pairs, tmp_path, options, message):
+    arguments = ["--config", tmp_path / "config", "--data", pairs, "--output_dir", tmp_path / "out", *TINY_TRAINING]
+    status, _, errors = example("finetune", *arguments, *options)
+    assert status == 1 and message in errors.splitlines()[-1] and "Traceback" not in errors
 
 
 def test_many_labels(finetune, tmp_path):

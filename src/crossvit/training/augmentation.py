@@ -13,7 +13,7 @@
 # limitations under the License.
 """From images to batches: augmentation by torchvision, by timm for the recipe of the paper, or none for evaluation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ import PIL.Image
 import torch
 from timm.data import Mixup, auto_augment, create_transform
 from torch import nn
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 
@@ -33,6 +34,9 @@ class AugmentationArguments:
         metadata={"help": "Least and largest share of an image in a random crop; 1 1 for whole images."},
     )
     horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of a mirror image."})
+    color_jitter: float = field(
+        default=0.0, metadata={"help": "Largest change of brightness, contrast and saturation, as a share of them."}
+    )
     auto_augment: str | None = field(
         default=None, metadata={"help": "Augmentation policy of timm, such as rand-m9-mstd0.5-inc1."}
     )
@@ -49,6 +53,8 @@ class AugmentationArguments:
         for name in ("horizontal_flip", "random_erasing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must be a probability, got {getattr(self, name)}.")
+        if self.color_jitter < 0 or (self.color_jitter and self.auto_augment):
+            raise ValueError(f"`color_jitter` must be 0 or more, and 0 with `auto_augment`, got {self.color_jitter}.")
         if self.augmentation_repeats < 1:
             raise ValueError(f"`augmentation_repeats` must be 1 or more, got {self.augmentation_repeats}.")
 
@@ -64,21 +70,43 @@ class TrainingTransform:
     """
     Augments the images of rows, for `set_transform` and `map` of `datasets`.
 
-    With `auto_augment` it is timm's transform, as in the paper; otherwise torchvision's random crop and flip.
+    With `auto_augment` it is timm's transform, as in the paper; otherwise torchvision's. The random crop and flip are
+    the same for all images of a row and its mask, which are brought to the size of the first image before; colors and
+    erased rectangles are each image's own.
 
     Args:
         args ([`AugmentationArguments`]): the augmentation.
         processor ([`CrossViTImageProcessor`]): the image processor, for the size and the normalization.
+        image_columns (`Sequence[str]`): the column of images for all branches, or those of each branch.
+        mask_column (`str`, *optional*): the column of masks, of which the objects are white.
 
     Returns of a call:
-        `dict[str, list]`: "pixel_values", of each image (channels, height, width), and "labels".
+        `dict[str, list]`: "pixel_values", of each row (channels, height, width), or (branches, channels, height,
+        width) if there are several columns of images; "labels"; and with masks "mask", of each row (height, width)
+        from 0 to 1.
+
+    Raises:
+        `ValueError`: for `auto_augment` with several images or masks, which would be moved in different ways.
     """
 
-    def __init__(self, args: AugmentationArguments, processor: Any):
+    def __init__(
+        self,
+        args: AugmentationArguments,
+        processor: Any,
+        image_columns: Sequence[str] = ("image",),
+        mask_column: str | None = None,
+    ):
+        self.image_columns, self.mask_column = image_columns, mask_column
         size = output_size(processor)
         mean, std = tuple(processor.image_mean), tuple(processor.image_std)
         if args.auto_augment:
-            self.transform: Any = create_transform(
+            if len(image_columns) > 1 or mask_column:
+                raise ValueError(
+                    f"`auto_augment` {args.auto_augment} moves each image in its own way, so it works neither with"
+                    " several images per row nor with masks: leave it out, or use `color_jitter`."
+                )
+            self.move: Any = v2.Identity()
+            self.finish: Any = create_transform(
                 (3, *size),
                 is_training=True,
                 scale=(args.crop_scale[0], args.crop_scale[1]),
@@ -90,7 +118,7 @@ class TrainingTransform:
                 re_prob=args.random_erasing,
                 re_mode="pixel",
             )
-            for step in self.transform.transforms:
+            for step in self.finish.transforms:
                 for operation in getattr(step, "ops", []):
                     if operation.aug_fn is auto_augment.posterize:
                         operation.aug_fn = posterize
@@ -99,10 +127,11 @@ class TrainingTransform:
         crop: Any = v2.Resize(size, bicubic)
         if args.crop_scale[0] < 1:
             crop = v2.RandomResizedCrop(size, args.crop_scale, interpolation=bicubic)
-        self.transform = v2.Compose(
+        self.move = v2.Compose([crop, v2.RandomHorizontalFlip(args.horizontal_flip)])
+        jitter = args.color_jitter
+        self.finish = v2.Compose(
             [
-                crop,
-                v2.RandomHorizontalFlip(args.horizontal_flip),
+                v2.ColorJitter(jitter, jitter, jitter) if jitter else v2.Identity(),
                 v2.PILToTensor(),
                 v2.ToDtype(torch.float32, scale=True),
                 v2.Normalize(mean, std),
@@ -111,7 +140,31 @@ class TrainingTransform:
         )
 
     def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        return {"pixel_values": [self.transform(image) for image in rows["image"]], "labels": rows["labels"]}
+        batch: dict[str, list[Any]] = {"pixel_values": [], "labels": rows["labels"]}
+        if self.mask_column is not None:
+            batch["mask"] = []
+        for number, images in enumerate(zip(*(rows[column] for column in self.image_columns))):
+            row: list[Any] = resized_to_first(images)
+            if self.mask_column is not None:
+                mask = as_mask(rows[self.mask_column][number], images[0])
+                row.append(tv_tensors.Mask(v2.functional.pil_to_tensor(mask)))
+            row = self.move(row)
+            if self.mask_column is not None:
+                batch["mask"].append(row.pop()[0] / 255)
+            pixel_values = [self.finish(image) for image in row]
+            batch["pixel_values"].append(torch.stack(pixel_values) if len(row) > 1 else pixel_values[0])
+        return batch
+
+
+def resized_to_first(images: Sequence[PIL.Image.Image]) -> list[PIL.Image.Image]:
+    """The images of a row in the size of the first, as torchvision's transforms of several images need them."""
+    size = images[0].size
+    return [image if image.size == size else image.resize(size, PIL.Image.Resampling.BICUBIC) for image in images]
+
+
+def as_mask(mask: PIL.Image.Image, image: PIL.Image.Image) -> PIL.Image.Image:
+    """A mask in gray and in the size of its image."""
+    return mask.convert("L").resize(image.size, PIL.Image.Resampling.NEAREST)
 
 
 def posterize(image: PIL.Image.Image, bits: int, **kwargs) -> PIL.Image.Image:
@@ -122,12 +175,20 @@ def posterize(image: PIL.Image.Image, bits: int, **kwargs) -> PIL.Image.Image:
 class EvaluationTransform:
     """As [`TrainingTransform`], by the image processor and without augmentation."""
 
-    def __init__(self, processor: Any):
-        self.processor = processor
+    def __init__(self, processor: Any, image_columns: Sequence[str] = ("image",), mask_column: str | None = None):
+        self.processor, self.image_columns, self.mask_column = processor, image_columns, mask_column
 
     def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        pixel_values = self.processor(rows["image"], return_tensors="pt")["pixel_values"]
-        return {"pixel_values": list(pixel_values), "labels": rows["labels"]}
+        first = rows[self.image_columns[0]]
+        images = first
+        if len(self.image_columns) > 1:
+            images = list(zip(*(rows[column] for column in self.image_columns)))
+        batch = {"pixel_values": self.processor(images, return_tensors="pt")["pixel_values"], "labels": rows["labels"]}
+        if self.mask_column is not None:
+            masks = [as_mask(mask, image) for mask, image in zip(rows[self.mask_column], first)]
+            processed = self.processor(masks, do_convert_rgb=True, do_normalize=False, return_tensors="pt")
+            batch["mask"] = processed["pixel_values"][:, 0]
+        return {name: list(values) for name, values in batch.items()}
 
 
 class Collator:
@@ -140,8 +201,9 @@ class Collator:
         mixup ([`~timm.data.Mixup`], *optional*): mixes images with one label each.
 
     Returns of a call:
-        `dict[str, torch.Tensor]`: "pixel_values" (batch, channels, height, width) and "labels": classes (batch), or
-        (batch, classes) zeros and ones if `multi_label`, probabilities if images are mixed.
+        `dict[str, torch.Tensor]`: "pixel_values" (batch, channels, height, width) or (batch, branches, channels,
+        height, width); "labels": classes (batch), or (batch, classes) zeros and ones if `multi_label`, probabilities
+        if images are mixed; and "mask" (batch, height, width) if the rows have masks.
     """
 
     def __init__(self, num_classes: int, multi_label: bool = False, mixup: Mixup | None = None):
@@ -156,10 +218,15 @@ class Collator:
         else:
             labels = torch.tensor([row["labels"] for row in rows])
         if self.mixup is not None and len(rows) % 2 == 0:
-            pixel_values, labels = self.mixup(pixel_values, labels)
+            # timm knows four dimensions: the branches are channels meanwhile
+            mixed, labels = self.mixup(pixel_values.flatten(1, -3), labels)
+            pixel_values = mixed.view_as(pixel_values)
         elif self.mixup is not None:  # timm mixes pairs: a last batch of odd length stays as it is
             labels = nn.functional.one_hot(labels, self.num_classes).to(pixel_values.dtype)
-        return {"pixel_values": pixel_values, "labels": labels}
+        batch = {"pixel_values": pixel_values, "labels": labels}
+        if "mask" in rows[0]:
+            batch["mask"] = torch.stack([row["mask"] for row in rows])
+        return batch
 
 
 class RepeatedAugmentationSampler(torch.utils.data.Sampler):

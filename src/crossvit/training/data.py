@@ -49,7 +49,12 @@ class ImageSource:
     )
     data_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
     data_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of it on the Hub."})
-    image_column: str | None = field(default=None, metadata={"help": "Default: the only column of images."})
+    image_columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Columns of images, one for all branches or one for each; default: the only one (but for masks)."
+        },
+    )
     label_column: str | None = field(default=None, metadata={"help": "Default: the only column of class labels."})
     streaming: bool = field(default=False, metadata={"help": "Read images only when they are needed."})
 
@@ -76,28 +81,34 @@ class LabelledImages:
 
     Args:
         splits (`dict[str, datasets.Dataset | datasets.IterableDataset]`):
-            By name ("train", "validation", "test" or others), rows of "image" (decoded, RGB) and "labels": the index
-            of a class, or the list of the indices of several.
+            By name ("train", "validation", "test" or others), rows of images (decoded, RGB) in the columns below, and
+            "labels": the index of a class, or the list of the indices of several.
         class_names (`list[str]`):
             The name of each class, by its index.
         multi_label (`bool`):
             Whether an image has any number of labels instead of one.
+        image_columns (`list[str]`):
+            The column of images for all branches, or those of each branch.
+        mask_column (`str`, *optional*):
+            The column of masks: images, of which the objects are white. It may be one of the above.
     """
 
     splits: dict[str, Any]
     class_names: list[str]
     multi_label: bool
+    image_columns: list[str]
+    mask_column: str | None = None
 
     @classmethod
-    def load(cls, source: ImageSource) -> "LabelledImages":
+    def load(cls, source: ImageSource, mask_column: str | None = None) -> "LabelledImages":
         """
-        Loads a data set and checks its labels. A test split whose labels are all -1, as competitions publish it, is
-        left out.
+        Loads a data set, with masks on request, and checks its labels. A test split whose labels are all -1, as
+        competitions publish it, is left out.
 
         Raises:
             `CommandError`: if images or labels are missing or do not match.
         """
-        splits = with_common_columns(source, load_splits(source))
+        splits, image_columns = select_columns(source, load_splits(source), mask_column)
         feature = next(iter(splits.values())).features["labels"]
         multi_label = hasattr(feature, "feature")
         for name, split in splits.items():
@@ -109,7 +120,8 @@ class LabelledImages:
         test = splits.get("test")
         if isinstance(test, datasets.Dataset) and not multi_label and set(test["labels"]) == {-1}:
             del splits["test"]
-        images = cls(splits, list((feature.feature if multi_label else feature).names), multi_label)
+        class_names = list((feature.feature if multi_label else feature).names)
+        images = cls(splits, class_names, multi_label, image_columns, mask_column)
         images.check_labels()
         return images
 
@@ -167,18 +179,22 @@ class LabelledImages:
         Decodes the images on disk once, some milliseconds each, on all cores; `datasets` remembers the result.
 
         Raises:
-            `CommandError`: names the images that cannot be decoded or have more than 8 bits per channel.
+            `CommandError`: names the images that cannot be decoded or have more than 8 bits per channel, and the masks
+                that are not white anywhere.
         """
         if self.is_stream:
             return
         transparent = 0
-        for name, split in self.splits.items():
-            findings = split.cast_column("image", datasets.Image(decode=False)).map(
+        columns = dict.fromkeys(column for column in (*self.image_columns, self.mask_column) if column)
+        for (name, split), column in itertools.product(self.splits.items(), columns):
+            encoded = split.select_columns(column).cast_column(column, datasets.Image(decode=False))
+            findings = encoded.map(
                 inspect_image,
-                input_columns="image",
-                remove_columns=split.column_names,
+                input_columns=column,
+                remove_columns=column,
+                fn_kwargs={"is_mask": column == self.mask_column},
                 num_proc=min(os.cpu_count() or 1, len(split) // 500) or None,
-                desc=f"Checking the images of {name!r}",
+                desc=f"Checking {column!r} of {name!r}",
             )
             problems = [f"row {row}, {text}" for row, text in enumerate(findings["problem"]) if text]
             if problems:
@@ -239,14 +255,17 @@ def load_image_folder(folder: Path, streaming: bool) -> dict[str, Any]:
     if not streaming:
         found = set()
         for split in splits.values():
-            rows = split.cast_column("image", datasets.Image(decode=False))["image"]
-            found |= {os.path.normpath(row["path"]) for row in rows}
-        if on_disk != found:
+            for column in columns_of_images(split.features):
+                rows = split.cast_column(column, datasets.Image(decode=False))[column]
+                found |= {os.path.normpath(row["path"]) for row in rows if row}
+        if unknown := on_disk - found:
             raise CommandError(
-                f"{folder}: {len(on_disk - found)} of {len(on_disk)} image files are not in the data set that"
-                f" `datasets` makes of it, such as {some(sorted(on_disk ^ found))}: put each image into the folder of"
-                " its class, at the same depth, or name it in metadata.jsonl"
+                f"{folder}: {len(unknown)} of {len(on_disk)} image files are not in the data set that `datasets` makes"
+                f" of it, such as {some(sorted(unknown))}: put each image into the folder of its class, at the same"
+                " depth, or name it in metadata.jsonl"
             )
+        if missing := found - on_disk:
+            raise CommandError(f"{folder}: the metadata names files that are not there: {some(sorted(missing))}")
     return splits
 
 
@@ -282,42 +301,47 @@ def split_folders(folder: Path) -> dict[str, Path]:
     return splits
 
 
-def with_common_columns(source: ImageSource, splits: dict[str, Any]) -> dict[str, Any]:
-    """The splits with the columns "image", decoded as RGB, and "labels"."""
+def select_columns(
+    source: ImageSource, splits: dict[str, Any], mask_column: str | None
+) -> tuple[dict[str, Any], list[str]]:
+    """The splits with the columns of images and masks, decoded as RGB, and "labels"; and the columns of images."""
     # Some streams know their columns only after a look at the first row
     splits = {name: split if split.features else split._resolve_features() for name, split in splits.items()}
     features = next(iter(splits.values())).features
-    image_column = source.image_column or only_column(source.data, "image", features)
+    others = datasets.Features({name: feature for name, feature in features.items() if name != mask_column})
+    image_columns = source.image_columns or [only_column(source.data, "image", others)]
     label_column = source.label_column or only_column(source.data, "label", features)
-    columns = {image_column: "image", label_column: "labels"}
+    columns = dict.fromkeys([*image_columns, *([mask_column] if mask_column else [])])
     for name, split in splits.items():
-        if missing := columns.keys() - set(split.features):
+        if missing := {*columns, label_column} - set(split.features):
             raise CommandError(
-                f"{source.data}: {name!r} has no column {some(missing)}, only {', '.join(split.features)}; name the"
-                " columns with --image_column and --label_column"
+                f"{source.data}: {name!r} has no column {some(sorted(missing))}, only {', '.join(split.features)};"
+                " name the columns with --image_columns and --label_column"
             )
-        # Before the columns of a stream are renamed, which decodes its images
-        split = split.cast_column(image_column, datasets.Image(mode="RGB")).select_columns(list(columns))
-        splits[name] = split.rename_columns({old: new for old, new in columns.items() if old != new})
-    return splits
+        for column in columns:
+            split = split.cast_column(column, datasets.Image(mode="RGB"))
+        split = split.select_columns([*columns, label_column])
+        # After the casts: renaming a column of a stream decodes its images
+        splits[name] = split if label_column == "labels" else split.rename_column(label_column, "labels")
+    return splits, image_columns
+
+
+def columns_of_images(features: datasets.Features) -> list[str]:
+    return [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
 
 
 def only_column(source: str, kind: str, features: datasets.Features) -> str:
     """The only column of that kind, "image" or "label", or else the one with the usual name."""
-
-    def suits(feature: Any) -> bool:
-        if kind == "image":
-            return isinstance(feature, datasets.Image)
-        return isinstance(getattr(feature, "feature", feature), datasets.ClassLabel)
-
-    columns = [name for name, feature in features.items() if suits(feature)]
+    columns = columns_of_images(features)
+    if kind == "label":
+        classes = {name: getattr(feature, "feature", feature) for name, feature in features.items()}
+        columns = [name for name, feature in classes.items() if isinstance(feature, datasets.ClassLabel)]
     columns = columns if len(columns) == 1 else [name for name in (kind, f"{kind}s") if name in features]
     if len(columns) != 1:
-        hint = "" if kind == "image" else ", or put the images of each class, two or more, in a folder of its own"
-        raise CommandError(
-            f"{source}: which column has the {kind}s? It has {', '.join(features)}; name one with --{kind}_column"
-            f"{hint}"
-        )
+        remedy = "name it with --label_column, or put the images of each class, two or more, in a folder of its own"
+        if kind == "image":
+            remedy = "name one with --image_columns, or one for each branch"
+        raise CommandError(f"{source}: which column has the {kind}s? It has {', '.join(features)}; {remedy}")
     return columns[0]
 
 
@@ -350,17 +374,24 @@ def labels_of(split: datasets.Dataset, multi_label: bool) -> Iterable[list[Any]]
     return ([None] if label is None else label if multi_label else [label] for label in split["labels"])
 
 
-def inspect_image(image: dict[str, Any] | None) -> dict[str, Any]:
-    """Why an encoded image cannot be used, or "", and whether it has transparent pixels."""
+def inspect_image(image: dict[str, Any] | None, is_mask: bool) -> dict[str, Any]:
+    """Why an encoded image or mask cannot be used, or "", and whether it has transparent pixels."""
+    if image is None:
+        return {"problem": "without an image", "transparent": False}
+    problem, transparent = "", False
     try:
         decoded = datasets.Image().decode_example(image)
     except Exception as error:  # formats raise errors of many types
-        return {"problem": f"{(image or {}).get('path') or 'an image'}: {error}", "transparent": False}
-    if decoded.mode.startswith(("I", "F")):
-        return {"problem": f"{image['path']}: more than 8 bits per channel; convert it to 8", "transparent": False}
-    has_alpha = "A" in decoded.getbands() or "transparency" in decoded.info
-    transparent = has_alpha and decoded.convert("RGBA").getextrema()[3][0] < 255
-    return {"problem": "", "transparent": transparent}
+        problem = str(error)
+    else:
+        transparent = "A" in decoded.getbands() or "transparency" in decoded.info
+        transparent = transparent and decoded.convert("RGBA").getextrema()[3][0] < 255
+        brightest = decoded.convert("L").getextrema()[1]
+        if decoded.mode.startswith(("I", "F")):
+            problem = "more than 8 bits per channel; convert it to 8"
+        elif is_mask and 0 < brightest < 128:
+            problem = f"the brightest pixel of the mask is {brightest} of 255; objects must be white"
+    return {"problem": problem and f"{image['path'] or 'an image'}: {problem}", "transparent": transparent}
 
 
 def some(names: Iterable[str], limit: int = 5) -> str:

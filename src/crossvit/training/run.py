@@ -13,6 +13,7 @@
 # limitations under the License.
 """What the training commands share: from labelled images to a trained, evaluated and saved model."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from transformers import TrainingArguments, set_seed
 from .augmentation import AugmentationArguments, Collator, EvaluationTransform, TrainingTransform
 from .data import DataArguments, LabelledImages
 from .errors import CommandError
+from .guided_attention import GuidedAttentionTrainer
 from .metrics import MultiLabelMetric, SingleLabelMetric, save_confusion_matrix
-from .trainer import CrossViTTrainer, last_usable_checkpoint
+from .trainer import CrossViTTrainer, base_model, last_usable_checkpoint
 
 
 # Defaults of TrainingArguments that suit images and that users of a command expect
@@ -40,9 +42,9 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 }
 
 
-def prepare_images(data: DataArguments, args: TrainingArguments) -> LabelledImages:
+def prepare_images(data: DataArguments, args: TrainingArguments, mask_column: str | None = None) -> LabelledImages:
     """
-    Loads and checks the images to train with, and prints a summary.
+    Loads and checks the images to train with, and their masks on request, and prints a summary.
 
     Raises:
         `CommandError`: if the images, their labels or these options are wrong.
@@ -52,7 +54,7 @@ def prepare_images(data: DataArguments, args: TrainingArguments) -> LabelledImag
     if data.streaming and args.max_steps <= 0:
         raise CommandError("--streaming: a stream has no known end: set --max_steps")
     with args.main_process_first():  # the others find its results in the cache of `datasets`
-        images = LabelledImages.load(data).for_training(data.validation_fraction, args.seed)
+        images = LabelledImages.load(data, mask_column).for_training(data.validation_fraction, args.seed)
         if data.check_images:
             images.check_images()
     if args.should_log:
@@ -69,26 +71,40 @@ def make_trainer(
     augmentation: AugmentationArguments,
     args: TrainingArguments,
     average_decay: float | None = None,
+    mask_weight: float = 0.0,
 ) -> CrossViTTrainer:
-    """Creates the Trainer. The best checkpoint has the best accuracy, or the best F1 if images have several labels."""
+    """
+    Creates the Trainer, a [`GuidedAttentionTrainer`] if the images have masks. The best checkpoint has the best
+    accuracy, or the best F1 if images have several labels.
+
+    Raises:
+        `CommandError`: if the images do not suit the model or the augmentation.
+    """
+    check_image_columns(images.image_columns, model)
     metric = MultiLabelMetric() if images.multi_label else SingleLabelMetric()
     if images.multi_label and args.metric_for_best_model == "accuracy":
         args.metric_for_best_model = "f1"
     mixup = augmentation.mixup(len(images.class_names))
     if mixup is not None and images.multi_label:
         raise CommandError("--mixup_alpha, --cutmix_alpha: they mix only images with one label each")
+    if mixup is not None and images.mask_column:
+        raise CommandError("--mixup_alpha, --cutmix_alpha: they do not mix masks; leave them out, or --mask_column")
     train = images.splits["train"]
     if data.streaming:
         if augmentation.augmentation_repeats > 1:
             raise CommandError("--augmentation_repeats: does not work with --streaming")
         train = train.shuffle(args.seed, buffer_size=data.shuffle_buffer_size)
-    return CrossViTTrainer(
+    trainer: Any = CrossViTTrainer
+    if images.mask_column:
+        trainer = partial(GuidedAttentionTrainer, mask_weight=mask_weight)
+    columns: Any = (images.image_columns, images.mask_column)
+    return trainer(
         model,
         args,
         data_collator=Collator(len(images.class_names), images.multi_label),
         train_data_collator=Collator(len(images.class_names), images.multi_label, mixup),
-        train_dataset=transformed(train, TrainingTransform(augmentation, processor)),
-        eval_dataset=transformed(images.splits["validation"], EvaluationTransform(processor)),
+        train_dataset=transformed(train, TrainingTransform(augmentation, processor, *columns)),
+        eval_dataset=transformed(images.splits["validation"], EvaluationTransform(processor, *columns)),
         processing_class=processor,
         compute_metrics=metric.of_prediction,
         preprocess_logits_for_metrics=metric.reduce_logits,
@@ -97,11 +113,21 @@ def make_trainer(
     )
 
 
+def check_image_columns(image_columns: list[str], model: Any) -> None:
+    """Raises a `CommandError` if the model does not take that number of images."""
+    num_branches = base_model(model).config.num_branches
+    if len(image_columns) not in (1, num_branches):
+        raise CommandError(
+            f"--image_columns {' '.join(image_columns)}: the model takes one image for all branches or one for each of"
+            f" its {num_branches} branches, got {len(image_columns)}"
+        )
+
+
 def transformed(split: Any, transform: Any) -> Any:
     """Applies a transform to the rows of a split or stream when they are read."""
     if isinstance(split, datasets.Dataset):
         return split.with_transform(transform)
-    return split.map(transform, batched=True, batch_size=32, remove_columns=["image", "labels"])
+    return split.map(transform, batched=True, batch_size=32, remove_columns=split.column_names)
 
 
 def train(trainer: CrossViTTrainer) -> None:
@@ -119,8 +145,10 @@ def finish(trainer: CrossViTTrainer, images: LabelledImages, data: DataArguments
     for name, split in images.splits.items():
         if name == "train":
             continue
-        rows = transformed(split, EvaluationTransform(trainer.processing_class))
-        prediction = trainer.predict(rows, metric_key_prefix="eval" if name == "validation" else name)
+        transform = EvaluationTransform(trainer.processing_class, images.image_columns, images.mask_column)
+        prediction = trainer.predict(
+            transformed(split, transform), metric_key_prefix="eval" if name == "validation" else name
+        )
         trainer.log(prediction.metrics)  # for the model card
         trainer.log_metrics(name, prediction.metrics)
         trainer.save_metrics(name, prediction.metrics)
@@ -138,4 +166,12 @@ def finish(trainer: CrossViTTrainer, images: LabelledImages, data: DataArguments
         print(f"Saved the model and its image processor in {output}", flush=True)
 
 
-__all__ = ["TRAINING_DEFAULTS", "finish", "make_trainer", "prepare_images", "train", "transformed"]
+__all__ = [
+    "TRAINING_DEFAULTS",
+    "check_image_columns",
+    "finish",
+    "make_trainer",
+    "prepare_images",
+    "train",
+    "transformed",
+]

@@ -120,11 +120,17 @@ class CrossViTTrainer(Trainer):
             loss = nn.functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
             # The Trainer counts all probabilities of an image as items, and an image counts once
             loss = loss * (labels.numel() / len(labels))
+        return self.mean_of_step(loss, labels, num_items_in_batch)
+
+    def mean_of_step(
+        self, total: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """What a batch adds to the mean over all labels of the step, from the total over the labels of the batch."""
         if num_items_in_batch is None:
-            return loss / labels.ne(-100).sum().clamp(min=1)
+            return total / labels.ne(-100).sum().clamp(min=1)
         if self.args.n_gpu > 1:  # the Trainer multiplies by it, for losses that each replica takes the mean of
             num_items_in_batch = torch.as_tensor(num_items_in_batch).flatten()[0] * self.args.n_gpu
-        return loss / num_items_in_batch
+        return total / num_items_in_batch
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         names = super().get_decay_parameter_names(model)

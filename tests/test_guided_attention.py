@@ -1,0 +1,232 @@
+"""Masks guide the attention of a classifier: the loss, its gradient, the metric and the command."""
+
+import json
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import transformers
+from examples_in_process import TINY_TRAINING, history
+from image_folders import encoded, write_files
+from safetensors.torch import load_file
+from test_distributed_training import EXAMPLES, torchrun
+from transformers import TrainingArguments
+
+from crossvit import CrossViTConfig, CrossViTForImageClassification
+from crossvit.interpretability.rollout import attention_iou, attention_rollout
+from crossvit.training.data import ImageSource, LabelledImages
+from crossvit.training.guided_attention import GuidanceArguments, GuidedAttentionTrainer
+
+
+# Later releases of transformers have another name for it
+CHECKPOINTING = "activation_checkpointing"
+if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
+    CHECKPOINTING = "gradient_checkpointing"
+COLORS = ["blue", "green", "red"]
+
+
+def draw_shape(label: int, generator: np.random.Generator, side: int = 48) -> tuple[np.ndarray, np.ndarray]:
+    """Noise with a large square in the color of its class, and small ones in any; and the mask of the large one."""
+    pixels = generator.integers(0, 128, (side, side, 3))
+    for _ in range(4):
+        top, left = generator.integers(0, side - 5, 2)
+        pixels[top : top + 5, left : left + 5, generator.integers(3)] += 127
+    top, left = generator.integers(0, side * 2 // 3, 2)
+    mask = np.zeros((side, side), np.uint8)
+    mask[top : top + side // 3, left : left + side // 3] = 255
+    pixels[mask > 0, label] += 127
+    return pixels.clip(0, 255).astype(np.uint8), mask
+
+
+def shapes(count: int, seed: int, side: int = 48) -> list[dict]:
+    generator = np.random.default_rng(seed)
+    rows = []
+    for number in range(count):
+        pixels, mask = (torch.tensor(array) / 255 for array in draw_shape(number % 3, generator, side))
+        rows.append({"pixel_values": pixels.movedim(-1, 0) * 4 - 1, "labels": number % 3, "mask": mask})
+    return rows
+
+
+def write_shapes(folder, splits=(("train", 24), ("validation", 9)), side: int = 40):
+    generator = np.random.default_rng(0)
+    for split, count in splits:
+        files, rows = {}, []
+        for number in range(count):
+            pixels, mask = draw_shape(number % 3, generator, side)
+            files[f"{number}.png"] = encoded(PIL.Image.fromarray(pixels))
+            files[f"masks/{number}.png"] = encoded(PIL.Image.fromarray(mask))
+            names = {"photo_file_name": f"{number}.png", "mask_file_name": f"masks/{number}.png"}
+            rows.append(json.dumps({**names, "label": COLORS[number % 3]}))
+        write_files(folder / split, {**files, "metadata.jsonl": "\n".join(rows).encode()})
+    return folder
+
+
+def make_trainer(model, folder, train=None, evaluation=None, mask_weight=0.5, **options) -> GuidedAttentionTrainer:
+    args = TrainingArguments(
+        folder, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", logging_strategy="no",
+        remove_unused_columns=False, label_names=["labels"], **options,
+    )  # fmt: skip
+    return GuidedAttentionTrainer(
+        model, args, mask_weight=mask_weight, train_dataset=train, eval_dataset=evaluation,
+        compute_metrics=lambda prediction: {
+            "accuracy": (prediction.predictions.argmax(-1) == prediction.label_ids).mean().item()
+        },
+    )  # fmt: skip
+
+
+def collated(rows) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
+
+
+def overlaps(model, rows) -> torch.Tensor:
+    batch = collated(rows)
+    outputs = model(batch["pixel_values"], output_attentions=True)
+    return attention_iou(attention_rollout(outputs, model.config), batch["mask"], model.config)
+
+
+def test_guided_attention_is_on_the_objects_of_unseen_images(tmp_path):
+    results = {}
+    for weight in (0.0, 0.5):
+        transformers.set_seed(0)
+        config = CrossViTConfig(
+            image_size=(48, 40), patch_size=(6, 8), embed_dim=(32, 32), num_heads=(2, 2), depth=((1, 2, 0),),
+            initializer_range=0.15, num_labels=3, problem_type="single_label_classification",
+        )  # fmt: skip
+        model, unseen = CrossViTForImageClassification(config), shapes(50, seed=2)
+        trainer = make_trainer(
+            model, tmp_path, shapes(192, seed=1), unseen, mask_weight=weight, num_train_epochs=10, learning_rate=2e-3,
+            per_device_train_batch_size=16, per_device_eval_batch_size=16,
+        )  # fmt: skip
+        trainer.train()
+        results[weight] = trainer.evaluate()
+        # Of all images, the last batch being a short one
+        with torch.no_grad():
+            assert results[weight]["eval_iou"] == pytest.approx(overlaps(model.eval(), unseen).mean().item(), abs=1e-6)
+        assert trainer.predict(unseen).predictions.shape == (50, 3)
+    assert results[0.5]["eval_iou"] >= results[0.0]["eval_iou"] + 0.2, results
+    assert results[0.5]["eval_accuracy"] >= results[0.0]["eval_accuracy"] >= 0.9, results
+
+
+@pytest.mark.parametrize("kind", ["classes", "many labels"])
+def test_accumulated_batches_are_guided_as_one(small_config, tmp_path, kind):
+    """Seven images, so that the last batch is a short one; a label of -100 does not count."""
+    small_config.image_size = (48, 40)
+    small_config.problem_type = "single_label_classification"
+    rows = shapes(7, seed=0)
+    rows[3]["labels"] = -100
+    if kind == "many labels":
+        small_config.problem_type = "multi_label_classification"
+        rows = [{**row, "labels": torch.eye(5)[number % 5]} for number, row in enumerate(rows)]
+    start = CrossViTForImageClassification(small_config).state_dict()
+    weights = []
+    for batch_size, accumulated in ((8, 1), (2, 4)):
+        model = CrossViTForImageClassification(small_config)
+        model.load_state_dict(start)
+        make_trainer(
+            model, tmp_path, rows, max_steps=1, per_device_train_batch_size=batch_size, optim="sgd", learning_rate=0.1,
+            gradient_accumulation_steps=accumulated, max_grad_norm=0, mask_weight=2.0,
+        ).train()  # fmt: skip
+        weights.append(model.state_dict())
+
+    # By hand, from the definition
+    model = CrossViTForImageClassification(small_config).train()
+    model.load_state_dict(start)
+    model.set_attn_implementation("eager")
+    batch = collated(rows)
+    loss = model(batch["pixel_values"], labels=batch["labels"]).loss
+    counted = torch.tensor([kind == "many labels" or row["labels"] != -100 for row in rows])
+    (loss + 2 * (1 - overlaps(model, rows))[counted].mean()).backward()
+    for name, parameter in model.named_parameters():
+        expected = parameter - 0.1 * parameter.grad
+        for found in weights:  # 6e-8 was measured
+            torch.testing.assert_close(found[name], expected, atol=1e-6, rtol=0)
+
+
+def test_guidance_needs_the_gradient_of_the_attention(small_config, tmp_path):
+    small_config.image_size, small_config.num_labels = (48, 40), 3
+    rows = shapes(4, seed=0)
+
+    def train(weight: float, reentrant: bool) -> None:
+        options = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": reentrant}}
+        model = CrossViTForImageClassification(small_config)
+        make_trainer(model, tmp_path, rows, mask_weight=weight, max_steps=1, **options).train()
+
+    train(1.0, reentrant=False)
+    train(0.0, reentrant=True)  # which only reports
+    with pytest.raises(ValueError, match=r"""--activation_checkpointing_kwargs '\{"use_reentrant": false\}'"""):
+        train(1.0, reentrant=True)
+
+
+@pytest.fixture
+def photos(tmp_path, small_config):
+    return write_shapes(tmp_path / "photos")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--mask_weight", "2"],
+        ["--image_columns", "photo", "mask"],  # a mask may also be an image
+        ["--mask_weight", "0"],
+        ["--lora_rank", "2", "--average_decay", "0.9"],
+        ["--bf16", f"--{CHECKPOINTING}"],
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_the_command_reports_the_overlap(finetune, photos, options):
+    folder = finetune("--mask_column", "mask", "--mask_weight", "2", "--num_train_epochs", "2", *options, data=photos)
+    results = json.loads((folder / "validation_results.json").read_text())
+    logged = history(folder, "eval_iou")
+    assert 0 < results["eval_iou"] < 1 and max(logged) >= results["eval_iou"] >= min(logged)
+    assert results["eval_accuracy"] >= 0 and (folder / "validation_confusion.png").is_file()
+    assert all(weight.isfinite().all() for weight in load_file(folder / "model.safetensors").values())
+
+
+def test_masks_of_a_stream(finetune, photos, tmp_path):
+    images = LabelledImages.load(ImageSource(str(photos), image_columns=["photo"]), "mask")
+    datasets.DatasetDict(images.splits).save_to_disk(tmp_path / "saved")  # with classes, as a stream needs them
+    options = "--image_columns photo --mask_column mask --streaming --learning_rate 0 --weight_decay 0".split()
+    options += ["--max_steps", "1", "--save_strategy", "no", "--eval_strategy", "no", "--load_best_model_at_end", "no"]
+    found = finetune(*options, data=tmp_path / "saved")
+    results = json.loads((found / "validation_results.json").read_text())
+    options.remove("--streaming")
+    expected = json.loads((finetune(*options, data=photos, output="other") / "validation_results.json").read_text())
+    assert results["eval_iou"] == pytest.approx(expected["eval_iou"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_are_guided_as_one(finetune, photos, tmp_path):
+    options = "--optim sgd --learning_rate 0.1 --crop_scale 1 1 --horizontal_flip 0 --per_device_eval_batch_size 2"
+    options = [*options.split(), *"--image_columns photo --mask_column mask --mask_weight 2".split()]
+    one, two = finetune(*options, data=photos, output="one"), tmp_path / "two"
+    command = [EXAMPLES / "finetune.py", "--config", tmp_path / "config", "--data", photos, "--output_dir", two]
+    torchrun(*command, *TINY_TRAINING, *options, "--per_device_train_batch_size", "4")
+    weights, others = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
+    for name, weight in weights.items():
+        torch.testing.assert_close(others[name], weight, atol=1e-6, rtol=0)
+    np.testing.assert_allclose(history(two, "eval_iou"), history(one, "eval_iou"), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--mask_weight", "0.1"], "--mask_weight 0.1: needs --mask_column, the column of the masks"),
+        (["--mask_column", "mask", "--mask_weight", "-1"], "--mask_weight -1.0: must be 0 or more"),
+        (["--mask_column", "depth"], "has no column depth, only"),
+        (["--mask_column", "mask", "--mixup_alpha", "0.2"], "they do not mix masks"),
+        (["--mask_column", "mask", "--auto_augment", "rand-m9"], "`auto_augment` rand-m9 moves each image"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_options_are_named(example, photos, small_config, tmp_path, options, message):
+    small_config.save_pretrained(tmp_path / "config")
+    arguments = ["--config", tmp_path / "config", "--data", photos, "--output_dir", tmp_path / "out", *TINY_TRAINING]
+    status, _, errors = example("finetune", *arguments, "--image_columns", "photo", *options)
+    assert status in (1, 2) and message in errors.splitlines()[-1] and "Traceback" not in errors
+
+
+def test_a_weight_must_be_a_number():
+    with pytest.raises(ValueError, match="--mask_weight nan: must be 0 or more"):
+        GuidanceArguments("mask", float("nan"))
