@@ -24,7 +24,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from command_line import load_checkpoint, run
+from command_line import load_checkpoint, open_image, run
 
 
 def main() -> None:
@@ -42,7 +42,6 @@ def main() -> None:
     import numpy as np
     import PIL.Image
     from transformers import ImageClassificationPipeline
-    from transformers.image_utils import load_image
     from transformers.utils import logging
 
     from crossvit.interpretability import (
@@ -56,7 +55,7 @@ def main() -> None:
     )
 
     logging.disable_progress_bar()
-    image = load_image(PIL.Image.open(args.image))
+    image = open_image(args.image)
     model, processor = load_checkpoint(args.model)
     maps = AttentionMaps(model, processor, image)
     scores = ImageClassificationPipeline(model=model, image_processor=processor).postprocess(maps.outputs, top_k=5)

@@ -29,12 +29,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import load_checkpoint, run
+from command_line import load_checkpoint, open_image, run
 
 
 if TYPE_CHECKING:
     import datasets
-    import PIL.Image
 
 
 LABELS = [str(digit) for digit in range(10)]
@@ -130,14 +129,6 @@ def train(output: Path, seed: int) -> None:
     )
 
 
-def open_images(paths: list[str]) -> list["PIL.Image.Image"]:
-    """Image files, upright and in RGB."""
-    import PIL.Image
-    from transformers.image_utils import load_image
-
-    return [load_image(PIL.Image.open(path)) for path in paths]
-
-
 def classify(model_name: str, paths: list[str], output: Path) -> None:
     """Classifies the images, or else the held-out digits, and draws some of them."""
     from transformers import pipeline
@@ -147,7 +138,7 @@ def classify(model_name: str, paths: list[str], output: Path) -> None:
     from crossvit.training.errors import CommandError
 
     logging.disable_progress_bar()
-    images, labels = open_images(paths), [None] * len(paths)
+    images, labels = [open_image(path) for path in paths], [None] * len(paths)
     model, processor = load_checkpoint(model_name)
     if not paths:
         if list(model.config.id2label.values()) != LABELS:
@@ -195,7 +186,8 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     if args.model is not None:
         return classify(args.model, args.image, args.output)
-    open_images(args.image)  # before the training, so that a mistyped name does not cost it
+    for path in args.image:
+        open_image(path)  # before the training, so that a mistyped name does not cost it
     train(args.output, args.seed)
     # In a new process, as a user of the saved model would. Ctrl-C reaches only this process, which then ends the other
     command = [sys.executable, __file__, "--model", str(args.output), "--output", str(args.output)]
