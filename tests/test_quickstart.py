@@ -105,7 +105,7 @@ def test_interrupted_training_ends_without_a_trace(tmp_path):
     assert process.returncode == 130 and "Interrupted." in errors and "Traceback" not in errors
 
 
-@pytest.mark.parametrize("name", ["app", "explain", "export", "quickstart", "retrieve", "segment"])
+@pytest.mark.parametrize("name", ["app", "classify", "explain", "export", "quickstart", "retrieve", "segment"])
 def test_options_are_parsed_before_torch_is_imported(name):
     code = """
 import runpy, sys
