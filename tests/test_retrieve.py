@@ -8,7 +8,6 @@ import PIL.Image
 import pytest
 import torch
 
-import crossvit.interpretability
 from crossvit import CrossViTForImageClassification, CrossViTImageProcessor, CrossViTModel
 
 
@@ -91,34 +90,18 @@ def test_links_in_the_folder_are_the_same_image(retrieve, photos):
     assert "of 12 images" in retrieve("--data", photos)
 
 
-def titles(monkeypatch) -> list[list[str]]:
-    """The titles of the rows of pictures that will be drawn."""
-    rows: list[list[str]] = []
-    draw = crossvit.interpretability.draw_rows
-
-    def draw_rows(cells):
-        rows.extend([cell.title for cell in row] for row in cells)
-        return draw(cells)
-
-    monkeypatch.setattr(crossvit.interpretability, "draw_rows", draw_rows)
-    return rows
-
-
-def test_titles_show_labels(retrieve, photos, tmp_path, monkeypatch):
-    drawn = titles(monkeypatch)
+def test_titles_show_labels(retrieve, photos, tmp_path, drawn_rows):
     for part in ("train", "test"):  # the name of the class counts, wherever its folder is
         shutil.copytree(photos, tmp_path / "parts" / part)
     output = retrieve("--data", tmp_path / "parts", "--nearest", 11)
     assert "100.0% of the 11 nearest of 24 images have the same label" in output
-    assert [title.splitlines()[0] for title in drawn[0]] == ["blue"] * 12
-    drawn.clear()
+    assert [cell.title.splitlines()[0] for cell in drawn_rows[0]] == ["blue"] * 12
     (tmp_path / "query.png").symlink_to(photos / "red" / "3.png")
     retrieve("--data", photos, "--query", tmp_path / "query.png", "--nearest", 1)
-    assert drawn[0][0] == "red\nquery.png" and drawn[0][1].startswith("red\n")
-    drawn.clear()
+    assert drawn_rows[0][0].title == "red\nquery.png" and drawn_rows[0][1].title.startswith("red\n")
     # In a single folder there are no labels
     retrieve("--data", photos / "red", "--query", photos / "red" / "3.png", "--nearest", 1)
-    assert drawn[0][0] == "3.png"
+    assert drawn_rows[0][0].title == "3.png"
 
 
 def test_unreadable_image_is_named_and_left_out(retrieve, photos):
