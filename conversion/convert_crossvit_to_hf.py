@@ -293,6 +293,7 @@ def save(model: CrossViTForImageClassification, processor: Any, record: dict[str
         (unfinished / "README.md").write_text(card, encoding="utf-8")
         record["files"] = sorted(path.name for path in unfinished.iterdir())
         (unfinished / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        check_output(output, options.overwrite)  # again, for what has been put there in the meantime
         if output.exists():
             shutil.rmtree(output)
         unfinished.rename(output)
@@ -307,7 +308,7 @@ def check_output(output: Path, overwrite: bool):
     try:
         written = json.loads((output / RECORD_NAME).read_text(encoding="utf-8"))["files"]
         foreign = [path.name for path in output.iterdir() if path.name not in (*written, RECORD_NAME) or path.is_dir()]
-    except (OSError, ValueError, LookupError):
+    except (OSError, ValueError, LookupError, TypeError):
         foreign = ["no conversion.json of this command"]
     if foreign or output.is_symlink():
         raise ConversionError(f"{output} is not replaced, since this command did not write it: {in_short(foreign)}")

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What the commands share: options, models, errors of one line, and an end without a trace for Ctrl-C."""
+"""What the commands share: options, models, images, errors of one line, and an end without a trace for Ctrl-C."""
 
 import argparse
 import sys
@@ -22,9 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 # These are imported where they are needed: a typo in an option then costs little time
 if TYPE_CHECKING:
+    import PIL.Image
     from transformers import HfArgumentParser
 
     from crossvit import CrossViTConfig, CrossViTForImageClassification
+
+
+# Formats of photos. Pillow opens files of others too, whatever their names: for EPS it starts Ghostscript
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "JPEG2000", "TIFF", "BMP", "GIF", "PPM")
 
 
 def make_parser(groups: Any, description: str, defaults: dict[str, Any]) -> "HfArgumentParser":
@@ -119,6 +124,41 @@ def load_config(name: str, **options) -> tuple["CrossViTConfig", Any]:
     return config, processor
 
 
+def find_images(folder: Path) -> list[Path]:
+    """The image files in a folder and its subfolders, by their suffixes and in order; hidden ones are left out."""
+    import PIL.Image
+
+    suffixes = {suffix for suffix, name in PIL.Image.registered_extensions().items() if name in IMAGE_FORMATS}
+
+    def is_hidden(path: Path) -> bool:
+        return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and not is_hidden(path))
+
+
+def open_image(path: str | Path) -> "PIL.Image.Image":
+    """
+    An image file, upright and in RGB.
+
+    Raises:
+        `CommandError`: if it cannot be read or is not of `IMAGE_FORMATS`.
+    """
+    import PIL.Image
+    from transformers.image_utils import load_image
+
+    from crossvit.training.errors import CommandError
+
+    PIL.Image.init()
+    formats = [name for name in IMAGE_FORMATS if name in PIL.Image.OPEN]  # older versions of Pillow lack some
+    try:
+        with PIL.Image.open(path, formats=formats) as image:
+            return load_image(image)
+    except PIL.UnidentifiedImageError as error:
+        raise CommandError(f"{path}: not an image of the formats {', '.join(formats)}") from error
+    except Exception as error:  # of many types, by format
+        raise CommandError(f"{path}: cannot be read as an image ({reason(error)})") from error
+
+
 def reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
@@ -138,4 +178,13 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-__all__ = ["load_checkpoint", "load_config", "make_parser", "parse", "run"]
+__all__ = [
+    "find_images",
+    "load_checkpoint",
+    "load_config",
+    "make_parser",
+    "open_image",
+    "parse",
+    "reason",
+    "run",
+]

@@ -26,7 +26,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from command_line import load_checkpoint, run
+from command_line import load_checkpoint, open_image, run
 
 
 def main() -> None:
@@ -44,7 +44,6 @@ def main() -> None:
     import numpy as np
     import PIL.Image
     from transformers import ImageClassificationPipeline
-    from transformers.image_utils import load_image
     from transformers.utils import logging
 
     from crossvit.interpretability import (
@@ -58,7 +57,7 @@ def main() -> None:
     )
 
     logging.disable_progress_bar()
-    images = [load_image(PIL.Image.open(path)) for path in args.images]
+    images = [open_image(path) for path in args.images]
     model, processor = load_checkpoint(args.model)
     maps = AttentionMaps(model, processor, images if len(images) > 1 else images[0])
     scores = ImageClassificationPipeline(model=model, image_processor=processor).postprocess(maps.outputs, top_k=5)

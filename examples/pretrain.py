@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from command_line import load_config, make_parser, parse, run
+from tqdm import tqdm
 from transformers import TrainingArguments
 
 from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
@@ -41,9 +42,12 @@ from crossvit.training.run import TRAINING_DEFAULTS, finish, make_trainer, prepa
 
 VARIANTS = Path(__file__).parents[1] / "conversion" / "variants.json"
 IMAGENET_IMAGES = 1_281_167  # to train with
+PLAN_STEPS = 6  # to measure, of which the first does not count
+PLAN_BATCH_ON_CPU = 8  # as fast per image as more at once
 DEFAULTS = {
     "output_dir": "outputs/pretrain",
     "per_device_eval_batch_size": 128,
+    "use_cpu": not torch.accelerator.is_available(),  # otherwise --bf16 is refused there
     "lr_scheduler_type": "cosine_warmup_with_min_lr",
     "load_best_model_at_end": False,  # as in the paper, the last weights count
 }
@@ -121,13 +125,14 @@ def set_batch_and_learning_rate(recipe: PretrainArguments, args: TrainingArgumen
 def print_plan(config: CrossViTConfig, recipe: PretrainArguments, args: TrainingArguments) -> None:
     """Measures training steps on this machine, and prints what the recipe takes on more of them."""
     batch = args.per_device_train_batch_size
+    measured = min(batch, PLAN_BATCH_ON_CPU) if args.device.type == "cpu" else batch
     model: Any = CrossViTForImageClassification(config).train()
     model.to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    images = torch.randn(batch, config.num_channels, *config.image_sizes[0], device=args.device)
-    labels = torch.randint(config.num_labels, (batch,), device=args.device)
+    images = torch.randn(measured, config.num_channels, *config.image_sizes[0], device=args.device)
+    labels = torch.randint(config.num_labels, (measured,), device=args.device)
     seconds = []
-    for _ in range(6):
+    for _ in tqdm(range(PLAN_STEPS), "steps to measure", leave=False, disable=args.disable_tqdm):
         start = time.perf_counter()
         with torch.autocast(args.device.type, dtype=torch.bfloat16, enabled=args.bf16):
             loss = model(images, labels=labels).loss
@@ -136,9 +141,9 @@ def print_plan(config: CrossViTConfig, recipe: PretrainArguments, args: Training
         optimizer.zero_grad()
         loss.item()  # waits for the device
         seconds.append(time.perf_counter() - start)
-    rate = batch / statistics.median(seconds[1:])
+    rate = measured / statistics.median(seconds[1:])
     name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "CPU"
-    print(f"{name}: {rate:,.1f} images per second and device, {batch} at once, without reading images")
+    print(f"{name}: {rate:,.1f} images per second and device, {measured} at once, without reading images")
     print(f"{args.num_train_epochs:g} epochs of ImageNet, {recipe.total_batch_size} images per step:")
     print(f"{'devices':>8} {'per device':>11} {'accumulated':>12} {'learning rate':>14} {'steps':>8} {'days':>8}")
     for devices in (1, 8, 32):

@@ -15,8 +15,8 @@
 
     python examples/quickstart.py
 
-Nothing is downloaded: the digits ship with scikit-learn. Images of your own are classified after the training, or by a
-model that is already there:
+Nothing is downloaded: the digits, of 8x8 pixels, ship with scikit-learn. The model is a demonstration that knows only
+them. Digits of your own are classified after the training, or by a model that is already there:
 
     python examples/quickstart.py --image digit.png
     python examples/quickstart.py --image digit.png --model outputs/quickstart
@@ -29,17 +29,17 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import load_checkpoint, run
+from command_line import load_checkpoint, open_image, run
 
 
 if TYPE_CHECKING:
     import datasets
-    import PIL.Image
 
 
 LABELS = [str(digit) for digit in range(10)]
 SIDE = 48  # pixels of the images that the model takes; the digits themselves have 8x8
 MAX_ROWS = 8  # of the picture
+PURPOSE = "The model is a demonstration: it knows only handwritten digits of 8x8 pixels, not photos."
 
 
 def load_digits() -> "datasets.DatasetDict":
@@ -126,16 +126,10 @@ def train(output: Path, seed: int) -> None:
     print(
         f"Trained in {metrics['train_runtime']:.0f} seconds. Accuracy on {len(digits['test'])} held-out digits:"
         f" {metrics['eval_accuracy']:.1%}. Saved in {output}",
+        PURPOSE,
+        sep="\n",
         flush=True,
     )
-
-
-def open_images(paths: list[str]) -> list["PIL.Image.Image"]:
-    """Image files, upright and in RGB."""
-    import PIL.Image
-    from transformers.image_utils import load_image
-
-    return [load_image(PIL.Image.open(path)) for path in paths]
 
 
 def classify(model_name: str, paths: list[str], output: Path) -> None:
@@ -144,10 +138,11 @@ def classify(model_name: str, paths: list[str], output: Path) -> None:
     from transformers.utils import logging
 
     from crossvit.interpretability import AttentionMaps, Picture, Scores, display_size, draw_rows, overlay
+    from crossvit.interpretability.plotting import ORANGE
     from crossvit.training.errors import CommandError
 
     logging.disable_progress_bar()
-    images, labels = open_images(paths), [None] * len(paths)
+    images, labels = [open_image(path) for path in paths], [None] * len(paths)
     model, processor = load_checkpoint(model_name)
     if not paths:
         if list(model.config.id2label.values()) != LABELS:
@@ -165,21 +160,27 @@ def classify(model_name: str, paths: list[str], output: Path) -> None:
     else:
         print(f"Loaded {model_name} in a new process: {sum(correct)} of {len(images)} held-out digits are correct")
 
-    # Up to two mistakes first, as they are the most instructive
-    mistakes = [number for number in range(len(images)) if not correct[number]][:2]
-    shown = [*mistakes, *(number for number in range(len(images)) if correct[number])][:MAX_ROWS]
+    mistakes = [number for number in range(len(images)) if not correct[number]]
+    shown = [*mistakes[:2], *(number for number in range(len(images)) if correct[number])][:MAX_ROWS]
     names = [Path(path).name[-20:] for path in paths] or [f"is {label}" for label in labels]
+    for number in mistakes:
+        names[number] += f",\npredicted {predictions[number][0]['label']}"
     rows: list[list[Any]] = []
     for number in shown:
         maps = AttentionMaps(model, processor, images[number])
         titles = ["image", "prediction"] if not rows else ["", ""]
-        row: list[Any] = [Picture(images[number], titles[0], names[number])]
+        row: list[Any] = [Picture(images[number], titles[0], names[number], None if correct[number] else ORANGE)]
         row += [Scores(predictions[number], titles[1], correct[number]), None]
         for title, attention in maps.class_token_maps().items():
             heat = attention.on_image(smooth=True, image_size=display_size(images[number]))
             row.append(Picture(overlay(images[number], heat), title if not rows else ""))
         rows.append(row)
     figure = draw_rows(rows, heat="attention of the class token, relative to the maximum of the map")
+    if mistakes:
+        first = len(mistakes[:2])
+        note = f"{first} of {len(mistakes)} wrong predictions come first (orange): they show the model's limits"
+        figure.suptitle(note)
+        print(note)
     figure.savefig(output / "quickstart.png")
     print(f"Drew {len(rows)} of them and what the model attends to in {output / 'quickstart.png'}")
 
@@ -195,7 +196,8 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     if args.model is not None:
         return classify(args.model, args.image, args.output)
-    open_images(args.image)  # before the training, so that a mistyped name does not cost it
+    for path in args.image:
+        open_image(path)  # before the training, so that a mistyped name does not cost it
     train(args.output, args.seed)
     # In a new process, as a user of the saved model would. Ctrl-C reaches only this process, which then ends the other
     command = [sys.executable, __file__, "--model", str(args.output), "--output", str(args.output)]

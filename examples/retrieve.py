@@ -14,11 +14,12 @@
 """Finds the images of a folder that are most similar to others for a CrossViT, and draws them side by side.
 
     python examples/retrieve.py --data photos --query dog.jpg cat.jpg
-    python examples/retrieve.py --data photos --model outputs/quickstart   # images of the folder as queries
+    python examples/retrieve.py --data photos --model outputs/photos   # images of the folder as queries
 
-Images are compared by the cosine similarity of their `pooler_output`, the class tokens of all branches. Without
-queries, it also measures how many of the nearest images are in the folder of the query. Embeddings are kept in the
-cache of the library datasets until images or weights change.
+Images are compared by the cosine similarity of their `pooler_output`, the class tokens of all branches. The names of
+the folders, if there are several, are the labels of the images. Without queries, the command also measures how many of
+the nearest images have the label of their query. Embeddings are kept in the cache of the library datasets until images
+or weights change.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import load_checkpoint, run
+from command_line import find_images, load_checkpoint, open_image, run
 
 
 if TYPE_CHECKING:
@@ -50,18 +51,18 @@ def embed(images: list[Any], model: Any, processor: Any) -> Any:
 def embed_files(paths: list[str], model: Any, processor: Any, batch_size: int) -> "datasets.Dataset":
     """The paths and embeddings of the image files that can be read; the others are named."""
     import datasets
-    import PIL.Image
     from datasets.fingerprint import Hasher
-    from transformers.image_utils import load_image
+
+    from crossvit.training.errors import CommandError
 
     def embed_batch(batch: dict[str, list[str]]) -> dict[str, list]:
         readable, images = [], []
         for path in batch["path"]:
             try:
-                images.append(load_image(PIL.Image.open(path)))
+                images.append(open_image(path))
                 readable.append(path)
-            except Exception as error:  # of many types, by format
-                print(f"left out {path}: {error}")
+            except CommandError as error:
+                print(f"left out {error}")
         return {"path": readable, "embedding": embed(images, model, processor) if images else []}
 
     times = [os.stat(path).st_mtime_ns for path in paths]
@@ -99,56 +100,68 @@ def main() -> None:
 
     # After the options, as these imports take seconds
     import numpy as np
-    import PIL.Image
     from sklearn.neighbors import NearestNeighbors
-    from transformers.image_utils import load_image
     from transformers.utils import logging
 
     from crossvit.interpretability import Picture, draw_rows
     from crossvit.interpretability.plotting import BLUE, ORANGE
     from crossvit.training.errors import CommandError
 
-    def picture(path: str, title: str, color: str | None = None) -> Picture:
-        image = load_image(PIL.Image.open(path))
-        image.thumbnail(THUMBNAIL)
-        return Picture(image, title, color=color)
-
     logging.disable_progress_bar()
-    suffixes = PIL.Image.registered_extensions()
-    files = sorted(str(path) for path in args.data.rglob("*") if path.suffix.lower() in suffixes)
-    queries = [load_image(PIL.Image.open(path)) for path in args.query]
+    files = {path.resolve(): str(path) for path in find_images(args.data)}  # once, even if links lead to them
+    queries = [open_image(path) for path in args.query]
     model, processor = load_checkpoint(args.model)
     model.eval()
-    dataset = embed_files(files, model, processor, args.batch_size)
+    dataset = embed_files(list(files.values()), model, processor, args.batch_size)
     if len(dataset) < 2:
         raise CommandError(f"--data {args.data}: must hold at least two images, found {len(dataset)}")
     found = list(dataset["path"])
+    places = {Path(path).resolve(): index for index, path in enumerate(found)}
     neighbors = NearestNeighbors(n_neighbors=min(args.nearest, len(found) - 1), metric="cosine")
     neighbors.fit(np.array(dataset["embedding"]))
+    folders = {Path(path).parent for path in found}
+    labels = {folder.name for folder in folders if folder != args.data} if len(folders) > 1 else set()
 
-    if queries:
+    def label(path: str) -> str:
+        """The name of the folder of an image if that is a label, else ""."""
+        place = places.get(Path(path).resolve())  # a link from elsewhere has the label of the image in the data
+        folder = Path(path if place is None else found[place]).absolute().parent
+        return folder.name if folder.name in labels else ""
+
+    def others(path: str, indices: Any, distances: Any) -> list[tuple[str, float]]:
+        """The nearest images but for the image itself, with their cosines."""
+        place = places.get(Path(path).resolve())
+        pairs = [(found[index], 1 - distance) for index, distance in zip(indices, distances) if index != place]
+        return pairs[: args.nearest]
+
+    def picture(path: str, cosine: str = "", color: str | None = None) -> Picture:
+        image = open_image(path)
+        image.thumbnail(THUMBNAIL)
+        lines = (label(path)[:24], Path(path).name[-24:], cosine)
+        return Picture(image, "\n".join(line for line in lines if line), color=color)
+
+    if args.query:
         embedded = np.concatenate([embed([query], model, processor) for query in queries])
-        distances, nearest = neighbors.kneighbors(embedded)
-        query_files, shown, frames = args.query, list(range(len(queries))), False
-        for path, row in zip(args.query, nearest):
-            print(path, *(found[index] for index in row), sep="  ")
+        # One more than asked for, in case the query is among them
+        distances, nearest = neighbors.kneighbors(embedded, min(args.nearest + 1, len(found)))
+        results = [(path, others(path, *row)) for path, *row in zip(args.query, nearest, distances)]
+        for path, similar in results:
+            print(path, *(other for other, _ in similar), sep="  ")
     else:
         distances, nearest = neighbors.kneighbors()  # of each image among the others
-        query_files, shown = found, np.linspace(0, len(found) - 1, min(MAX_ROWS, len(found))).astype(int).tolist()
-        folders = np.array([os.path.dirname(path) for path in found])
-        frames = len(set(folders)) > 1
-        if frames:
-            share = (folders[nearest] == folders[:, None]).mean()
-            print(f"{share:.1%} of the {nearest.shape[1]} nearest of {len(found):,} images are in the same folder")
+        if labels:
+            own = np.array([label(path) for path in found])
+            share = (own[nearest] == own[:, None]).mean()
+            print(f"{share:.1%} of the {nearest.shape[1]} nearest of {len(found):,} images have the same label")
+        shown = np.linspace(0, len(found) - 1, min(MAX_ROWS, len(found))).astype(int)
+        results = [(found[index], others(found[index], nearest[index], distances[index])) for index in shown]
 
     rows = []
-    for query in shown[:MAX_ROWS]:
-        path = query_files[query]
-        rows.append([picture(path, Path(path).name[-24:])])
-        for index, distance in zip(nearest[query], distances[query]):
-            title = f"{Path(found[index]).name[-24:]}\ncosine {1 - distance:.3f}"
-            same = os.path.dirname(found[index]) == os.path.dirname(path)
-            rows[-1].append(picture(found[index], title, (BLUE if same else ORANGE) if frames else None))
+    for path, similar in results[:MAX_ROWS]:
+        rows.append([picture(path)])
+        for other, cosine in similar:
+            color = BLUE if label(other) == label(path) else ORANGE
+            rows[-1].append(picture(other, f"cosine {cosine:.3f}", color if label(path) else None))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     draw_rows(rows).savefig(args.output)
     print(f"Drew {len(rows)} images and their nearest in {args.output}")

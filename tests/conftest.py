@@ -3,6 +3,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import convert_crossvit_to_hf
 import pytest
@@ -12,6 +13,7 @@ from examples_in_process import TINY_TRAINING, run_main, write_zoo
 from hub_server import HubServer
 from reference import run
 
+import crossvit.interpretability
 from crossvit import CrossViTConfig
 
 
@@ -120,6 +122,20 @@ def example(monkeypatch, capsys):
         return status, *capsys.readouterr()
 
     return run_example
+
+
+@pytest.fixture
+def drawn_rows(monkeypatch) -> list[list[Any]]:
+    """The cells of the picture that a command will draw."""
+    rows: list[list[Any]] = []
+    draw = crossvit.interpretability.draw_rows
+
+    def draw_rows(cells, *args, **kwargs):
+        rows[:] = cells
+        return draw(cells, *args, **kwargs)
+
+    monkeypatch.setattr(crossvit.interpretability, "draw_rows", draw_rows)
+    return rows
 
 
 @pytest.fixture

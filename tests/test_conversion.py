@@ -12,7 +12,7 @@ import convert_hf_to_timm
 import pytest
 import timm
 import torch
-from reference import VARIANTS, architecture_of
+from reference import VARIANTS, ConversionError, architecture_of
 from reference_files import assert_same_weights, ibm_names, lucid_names, save_timm_folder, small_timm
 from safetensors.torch import load_file, save_file
 from timm_reference import timm_variant
@@ -256,6 +256,19 @@ def test_short_records(refuse, tmp_path):
     assert "record size" in refuse(path)
 
 
+def test_no_record_may_be_short(tmp_path):
+    path, archive = tmp_path / "model.pth", tmp_path / "whole.pth"
+    weights = small_timm().state_dict()
+    torch.save(weights, archive)
+    for number in range(len(weights)):
+        path.write_bytes(archive.read_bytes())
+        short = f"whole/data/{number}"
+        rewrite_archive(path, lambda name, content: content[:-4] if name == short else content)
+        with pytest.raises(ConversionError, match="record size"):
+            convert_crossvit_to_hf.read_tensors(path)
+    assert convert_crossvit_to_hf.read_tensors(archive).keys() == weights.keys()
+
+
 def test_flipped_bits(refuse, tmp_path):
     path, weights = tmp_path / "model.pth", ibm_names(timm_variant(VARIANTS["crossvit_9"]).state_dict())
     torch.save(weights, path)
@@ -267,14 +280,14 @@ def test_flipped_bits(refuse, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
-@pytest.mark.parametrize("share", [0.01, 0.5, 0.999])
-def test_truncated_files(refuse, tmp_path, kind, share):
+@pytest.mark.parametrize("end", [100, 10_000, -4])
+def test_truncated_files(refuse, tmp_path, kind, end):
     source = tmp_path / ("model.safetensors" if kind == "safetensors" else "model.pth")
     if kind == "safetensors":
         save_file(small_timm().state_dict(), source)
     else:
         torch.save(small_timm().state_dict(), source, _use_new_zipfile_serialization=kind == "zip")
-    source.write_bytes(source.read_bytes()[: int(source.stat().st_size * share)])
+    source.write_bytes(source.read_bytes()[:end])
     refuse(source)
 
 
@@ -348,13 +361,50 @@ def test_outputs_are_replaced_only_if_a_conversion_wrote_them(convert, refuse, t
     convert(folder)
     assert "--overwrite" in refuse(folder)
     convert(folder, "--overwrite")
-    for foreign in ("notes.txt", ".git"):
-        (output / foreign).mkdir() if foreign == ".git" else (output / foreign).touch()
-        assert foreign in refuse(folder, "--overwrite")
-        (output / foreign).rmdir() if foreign == ".git" else (output / foreign).unlink()
-    (output / "conversion.json").unlink()
+    for foreign in ("notes.txt", ".git/HEAD", "empty/", "runs/1/notes.txt", "model.safetensors/"):
+        path = output / foreign
+        if foreign == "model.safetensors/":  # a folder with the name of a file
+            path.unlink()
+        (path if foreign.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
+        if not path.is_dir():
+            path.touch()
+        assert foreign.split("/")[0] in refuse(folder, "--overwrite")
+        assert path.exists()
+        path.rmdir() if path.is_dir() else path.unlink()
+        for parent in path.relative_to(output).parents[:-1]:
+            (output / parent).rmdir()
+    output.rename(tmp_path / "elsewhere")
+    output.symlink_to(tmp_path / "elsewhere")
     assert "did not write" in refuse(folder, "--overwrite")
-    assert (output / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("record", [None, "[]", "{", "{}", '{"files": null}'])
+def test_folders_without_a_record_are_not_replaced(refuse, tmp_path, record):
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "model.safetensors").touch()
+    if record is not None:
+        (tmp_path / "output" / "conversion.json").write_text(record)
+    folder = save_timm_folder(small_timm(), tmp_path / "timm")
+    assert "did not write it: no conversion.json of this command" in refuse(folder, "--overwrite")
+    assert (tmp_path / "output" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_what_appears_during_the_conversion_is_kept(command, convert, tmp_path, monkeypatch, overwrite):
+    folder, output = save_timm_folder(small_timm(), tmp_path / "timm"), tmp_path / "output"
+    if overwrite:
+        convert(folder)
+    read_source = convert_crossvit_to_hf.read_source
+
+    def read_while_another_writes(*args):
+        output.mkdir(exist_ok=True)
+        (output / "notes.txt").touch()
+        return read_source(*args)
+
+    monkeypatch.setattr(convert_crossvit_to_hf, "read_source", read_while_another_writes)
+    status, _, errors = command(convert_crossvit_to_hf, folder, output, *["--overwrite"] * overwrite)
+    assert status == 1 and str(output) in errors and (output / "notes.txt").is_file()
+    assert not list(tmp_path.glob(".output.*"))
 
 
 def test_the_way_back_refuses_what_timm_does_not_have(command, convert, small_config, tmp_path):

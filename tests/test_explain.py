@@ -74,7 +74,7 @@ def test_user_errors_end_with_one_line(example, small_config, tmp_path):
     PIL.Image.new("RGB", (50, 40)).save(tmp_path / "image.png")
     for arguments, message in (
         (("typo.png",), "typo.png"),
-        ((tmp_path / "text.png",), "cannot identify image file"),
+        ((tmp_path / "text.png",), "text.png: not an image of the formats"),
         ((tmp_path / "image.png", "--model", tmp_path / "typo"), "typo: no CrossViT"),
         ((*[tmp_path / "image.png"] * 3, "--model", checkpoint), "one image or 2"),
     ):

@@ -6,11 +6,12 @@ import math
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from examples_in_process import EXAMPLES, history
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from crossvit import CrossViTConfig, CrossViTImageProcessor
+from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
 
 
 TINY = ["--use_cpu", "--disable_tqdm", "true", "--report_to", "none", "--logging_steps", "1"]
@@ -89,6 +90,26 @@ def test_the_plan_is_worked_out_from_what_was_measured(example):
         assert int(steps.replace(",", "")) == 300 * 313
         expected = 300 * 1_281_167 / (rate * int(devices)) / 86_400
         assert float(days.replace(",", "")) == pytest.approx(expected, rel=0.02, abs=0.06)
+
+
+def test_the_plan_suits_a_cpu(example, small_config, tmp_path, monkeypatch):
+    """In bfloat16 as in the README, with few images at once and progress."""
+    small_config.save_pretrained(tmp_path)
+    batches = []
+    forward = CrossViTForImageClassification.forward
+
+    def count(self, pixel_values, **kwargs):
+        batches.append(len(pixel_values))
+        assert torch.is_autocast_enabled("cpu")
+        return forward(self, pixel_values, **kwargs)
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda *args: False)
+    monkeypatch.setattr(CrossViTForImageClassification, "forward", count)
+    code, output, errors = example("pretrain", "--config", tmp_path, "--plan", "--bf16")
+    assert code == 0, errors
+    assert batches == [8] * 6 and "8 at once" in output and "steps to measure" in errors
+    rows = [line.split() for line in output.splitlines()[3:6]]
+    assert [row[:3] for row in rows] == [["1", "128", "32"], ["8", "128", "4"], ["32", "128", "1"]]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from timm_reference import perturb
 
 from crossvit import CrossViTForImageClassification, CrossViTImageProcessor
+from crossvit.interpretability.plotting import ORANGE
 
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "quickstart.py"
@@ -59,6 +61,7 @@ def test_quickstart_learns_digits_and_loads_them_back_in_a_new_process(tmp_path)
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["eval_accuracy"] >= 0.95  # 98.9 to 99.2 % were measured with three seeds
     # The new process agrees with the Trainer about every digit
+    assert "knows only handwritten digits of 8x8 pixels, not photos" in output
     assert f"new process: {round(360 * metrics['eval_accuracy'])} of 360 held-out digits" in output
     assert len(json.loads((folder / "predictions.json").read_text())) == 360
     assert "100%" in errors  # a progress bar
@@ -97,6 +100,25 @@ def test_model_without_the_labels_of_digits_needs_images(tmp_path, checkpoint):
     assert code == 1 and "--image" in errors and len(errors.splitlines()) == 1 and output == "", errors
 
 
+def test_wrong_predictions_are_shown_first(example, small_config, drawn_rows, tmp_path):
+    small_config.id2label = {digit: str(digit) for digit in range(10)}
+    small_config.save_pretrained(tmp_path)
+    perturb(CrossViTForImageClassification(small_config)).save_pretrained(tmp_path)
+    CrossViTImageProcessor(crop_size={"height": 36, "width": 36}).save_pretrained(tmp_path)
+    status, output, errors = example("quickstart", "--model", tmp_path, "--output", tmp_path)
+    assert status == 0, errors
+    correct = int(re.search(r"(\d+) of 360 held-out digits are correct", output)[1])
+    assert 0 < correct < 358
+    assert f"2 of {360 - correct} wrong predictions come first" in output
+    wrong, right = drawn_rows[:2], drawn_rows[2:]
+    assert len(right) == 6
+    for row in wrong:
+        predicted = row[1].scores[0]["label"]
+        assert re.fullmatch(rf"is (?!{predicted})\d,\npredicted {predicted}", row[0].label) and row[0].color == ORANGE
+    for row in right:
+        assert row[0].label == f"is {row[1].scores[0]['label']}" and row[0].color is None
+
+
 def test_interrupted_training_ends_without_a_trace(tmp_path):
     process = start(tmp_path)
     assert "Training" in process.stdout.readline()
@@ -105,7 +127,7 @@ def test_interrupted_training_ends_without_a_trace(tmp_path):
     assert process.returncode == 130 and "Interrupted." in errors and "Traceback" not in errors
 
 
-@pytest.mark.parametrize("name", ["app", "explain", "export", "quickstart", "retrieve", "segment"])
+@pytest.mark.parametrize("name", ["app", "classify", "explain", "export", "quickstart", "retrieve", "segment"])
 def test_options_are_parsed_before_torch_is_imported(name):
     code = """
 import runpy, sys

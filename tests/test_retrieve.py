@@ -1,6 +1,7 @@
 """The command that finds similar images."""
 
 import os
+import shutil
 
 import numpy as np
 import PIL.Image
@@ -49,7 +50,7 @@ def retrieve(example, checkpoint, tmp_path, monkeypatch):
 
 def test_images_of_one_folder_are_nearest(retrieve, photos, tmp_path):
     output = retrieve("--data", photos)
-    assert "100.0% of the 5 nearest of 12 images are in the same folder" in output
+    assert "100.0% of the 5 nearest of 12 images have the same label" in output
     with PIL.Image.open(tmp_path / "found.png") as picture:
         assert min(picture.size) > 500
     # Five of the eleven other images: a query is not its own nearest
@@ -67,7 +68,40 @@ def test_nearest_images_are_those_of_the_cosine(retrieve, photos, checkpoint):
     with torch.no_grad():
         pooled = model.crossvit(**processor(images, return_tensors="pt")).pooler_output
     order = torch.cosine_similarity(pooled[:1], pooled[1:]).argsort(descending=True).tolist()
-    assert found == [str(files[number]) for number in order][:11]
+    assert found == [str(files[number]) for number in order if files[number] != query]
+
+
+def test_query_in_the_folder_is_not_its_own_nearest(retrieve, photos, tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(photos)
+    (tmp_path / "one.png").symlink_to(photos / "red" / "3.png")
+    monkeypatch.chdir(photos / "red")
+    for query in ("3.png", "../blue/../red/3.png", tmp_path / "link" / "red" / "3.png", tmp_path / "one.png"):
+        for data in (photos, "..", tmp_path / "link"):
+            found = retrieve("--data", data, "--query", query, "--nearest", 12).splitlines()[0].split("  ")[1:]
+            assert len(found) == 11 and not any(path.endswith("red/3.png") for path in found)
+    # An image from elsewhere is compared with all of them, even if it is the same
+    (tmp_path / "copy.png").write_bytes((photos / "red" / "3.png").read_bytes())
+    found = retrieve("--data", photos, "--query", tmp_path / "copy.png", "--nearest", 12).splitlines()[0].split("  ")
+    assert len(found) == 13 and found[1] == str(photos / "red" / "3.png")
+
+
+def test_links_in_the_folder_are_the_same_image(retrieve, photos):
+    (photos / "red" / "link.png").symlink_to(photos / "red" / "0.png")
+    assert "of 12 images" in retrieve("--data", photos)
+
+
+def test_titles_show_labels(retrieve, photos, tmp_path, drawn_rows):
+    for part in ("train", "test"):  # the name of the class counts, wherever its folder is
+        shutil.copytree(photos, tmp_path / "parts" / part)
+    output = retrieve("--data", tmp_path / "parts", "--nearest", 11)
+    assert "100.0% of the 11 nearest of 24 images have the same label" in output
+    assert [cell.title.splitlines()[0] for cell in drawn_rows[0]] == ["blue"] * 12
+    (tmp_path / "query.png").symlink_to(photos / "red" / "3.png")
+    retrieve("--data", photos, "--query", tmp_path / "query.png", "--nearest", 1)
+    assert drawn_rows[0][0].title == "red\nquery.png" and drawn_rows[0][1].title.startswith("red\n")
+    # In a single folder there are no labels
+    retrieve("--data", photos / "red", "--query", photos / "red" / "3.png", "--nearest", 1)
+    assert drawn_rows[0][0].title == "3.png"
 
 
 def test_unreadable_image_is_named_and_left_out(retrieve, photos):
@@ -112,4 +146,4 @@ def test_user_errors_end_with_one_line(retrieve, photos, tmp_path):
 
 def test_folder_without_subfolders(retrieve, photos):
     output = retrieve("--data", photos / "red")
-    assert "same folder" not in output and "Drew 6 images" in output
+    assert "same label" not in output and "Drew 6 images" in output

@@ -68,7 +68,7 @@ class Picture:
         image (`PIL.Image.Image`): the image.
         title (`str`, *optional*): above it.
         label (`str`, *optional*): beside it, for its row.
-        color (`str`, *optional*): of a frame.
+        color (`str`, *optional*): of its label and of a frame.
     """
 
     image: PIL.Image.Image
@@ -79,7 +79,7 @@ class Picture:
     def draw(self, axis: "Axes") -> None:
         axis.imshow(self.image.convert("RGB"))
         axis.set_title(self.title, fontsize=10, parse_math=False)
-        axis.set_ylabel(self.label, fontsize=11, parse_math=False)
+        axis.set_ylabel(self.label, fontsize=11, parse_math=False, color=self.color or "black")
         axis.spines[:].set(color=self.color or "black", linewidth=3 if self.color else 0.5)
 
 

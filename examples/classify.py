@@ -1,0 +1,95 @@
+# Copyright 2026 The CrossViT for Transformers authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Classifies images with a CrossViT: the five best labels of each, as lines or as a table.
+
+    python examples/classify.py photo.jpg --model outputs/photos
+    python examples/classify.py photos more/dog.jpg --output labels.csv      # folders with their subfolders, too
+
+Files that cannot be read are named and left out.
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from command_line import find_images, load_checkpoint, open_image, run
+
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+
+TOP = 5  # labels of each image
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
+    parser.add_argument(
+        "--model",
+        default="timm/crossvit_15_dagger_240.in1k",
+        help="folder or Hub id of a CrossViT; default: %(default)s",
+    )
+    parser.add_argument("--batch_size", type=int, default=16, help="default: %(default)s")
+    parser.add_argument("--output", type=Path, help="CSV file for the results; default: lines on the standard output")
+    args = parser.parse_args()
+    if args.batch_size < 1:
+        parser.error("--batch_size must be at least 1")
+
+    # After the options, as these imports take seconds
+    from tqdm import tqdm
+    from transformers import pipeline
+    from transformers.utils import logging
+
+    from crossvit.training.errors import CommandError
+
+    logging.disable_progress_bar()
+    model, processor = load_checkpoint(args.model)
+    files = dict.fromkeys(file for path in args.paths for file in (find_images(path) if path.is_dir() else [path]))
+    readable: list[Path] = []  # grows as the pipeline reads
+
+    def read_images() -> Iterator["PIL.Image.Image"]:
+        for file in tqdm(files, "images"):
+            try:
+                image = open_image(file)
+            except CommandError as error:
+                tqdm.write(f"left out {error}", file=sys.stderr)
+            else:
+                readable.append(file)
+                yield image
+
+    classifier: Any = pipeline("image-classification", model=model, image_processor=processor, top_k=TOP)
+    predictions = classifier(read_images(), batch_size=args.batch_size)
+    if args.output is None:
+        for scores, file in zip(predictions, readable):
+            tqdm.write("  ".join((str(file), *(f"{entry['label']} {entry['score']:.1%}" for entry in scores))))
+    else:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        with open(args.output, "w", encoding="utf-8", errors="surrogateescape", newline="") as output:
+            table = csv.writer(output)
+            places = range(1, min(TOP, model.config.num_labels) + 1)
+            table.writerow(["file", *(name for place in places for name in (f"label_{place}", f"score_{place}"))])
+            for scores, file in zip(predictions, readable):
+                columns = (text for entry in scores for text in (entry["label"], f"{entry['score']:.6f}"))
+                table.writerow([file, *columns])
+    if not readable:
+        raise CommandError(f"no image that can be read in {', '.join(map(str, args.paths))}")
+    print(f"Classified {len(readable):,} of {len(files):,} images", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)
