@@ -16,6 +16,7 @@ from crossvit import (
     CrossViTImageProcessorPil,
 )
 from crossvit.interpretability import AttentionMaps, CropRegion
+from crossvit.interpretability.attention_maps import get_resized_size
 
 
 # Weights are rounded to float32 by the softmax: rows were off by 1.8e-7 at most
@@ -185,6 +186,41 @@ def test_cells_are_aligned_with_the_pixels_that_the_image_processor_crops(backen
         expected = [seen[channel][inside].mean() for channel in (0, 1)]
         # Coordinates are rounded to bytes after the resizing: 0.15 pixels were measured
         assert np.allclose(found, expected, atol=0.25), (found, expected)
+
+
+@pytest.mark.parametrize("backend", [CrossViTImageProcessor, CrossViTImageProcessorPil])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"size": {"shortest_edge": 41, "longest_edge": 60}},
+        {"size": {"height": 30, "width": 28}},
+        {"do_resize": False},
+    ],
+)
+@pytest.mark.parametrize("size", [(50, 44), (44, 50), (7, 290), (333, 91), (64, 64), (1, 3)])
+def test_size_after_resizing_is_computed(backend, options, size):
+    processor = backend(do_center_crop=False, **options)
+    image = make_image(*size)
+    pixel_values = processor(image, return_tensors="pt").pixel_values
+    assert tuple(get_resized_size(processor, image)) == pixel_values.shape[-2:]
+
+
+@pytest.mark.parametrize("backend", [CrossViTImageProcessor, CrossViTImageProcessorPil])
+@pytest.mark.parametrize("size", [(1, 100_000), (100_000, 1), (30, 6500)])
+def test_extreme_aspect_ratio_is_refused_before_anything_is_resized(model, monkeypatch, backend, size):
+    monkeypatch.setattr(backend, "resize", lambda *args, **kwargs: pytest.fail("the image is resized"))
+    message = rf"{size[0]}x{size[1]} pixels .*, which is more than 16,000,000: crop it"
+    with pytest.raises(ValueError, match=message):
+        AttentionMaps(model, backend(), PIL.Image.new("RGB", size))
+
+
+def test_long_images_are_not_refused(model):
+    processor = make_processor()
+    assert AttentionMaps(model, processor, make_image(5, 500)).crop.image_size == (500, 5)
+    # Nothing grows here, however long the image is
+    processor.do_resize = False
+    assert AttentionMaps(model, processor, PIL.Image.new("L", (1, 16_000_001))).crop.image_size == (16_000_001, 1)
 
 
 def make_white_detector(small_config, **options) -> CrossViTForImageClassification:
