@@ -49,21 +49,25 @@ MODEL_OF_SPACE = SCRIPT.with_name("model")
 DEFAULT_MODEL = str(MODEL_OF_SPACE) if MODEL_OF_SPACE.is_dir() else "timm/crossvit_15_dagger_240.in1k"
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow opens others by programs such as Ghostscript
 MAX_PIXELS = 50_000_000  # of an upload; a small file can hold many
-# Bounds on the memory of the server: about 0.4 MB for each visitor
-MAX_VISITORS = 100
-KEEP_EXPLANATION = 900  # seconds
-MAX_WAITING = 50
-CONCURRENT_VISITORS = 4
+CONCURRENT_VISITORS, WAITING_VISITORS = 4, 50
+# What is kept for visitors until later ones come, or for this time. With crossvit_15 it was 0.2 MB for each
+KEPT_VISITORS, KEPT_SECONDS = 100, 900
 TITLE = "CrossViT attention maps"
 INTRODUCTION = """\
 CrossViT processes an image at two scales, with small patches (branch 0) and with large ones (branch 1). In each stage
 the class token of a branch attends to the patches of its own branch, then to those of the other (cross-attention).
 Upload an image to see the predictions and what the class tokens attend to, in bright colors. Uploads are not kept.
 """
-DESCRIPTION = f"""\
-{INTRODUCTION}
-The folder `crossvit` holds CrossViT for Transformers, under the Apache License 2.0 as this page; `model` holds the
-model, under the license above. The paper: [arXiv:2103.14899](https://arxiv.org/abs/2103.14899).
+SPACE_CARD = """\
+---
+{metadata}
+---
+
+# {title}
+
+{introduction}
+The folder `crossvit` holds CrossViT for Transformers, which is under the Apache License 2.0 as this page is; `model`
+holds the model, under the license above. The paper: [arXiv:2103.14899](https://arxiv.org/abs/2103.14899).
 """
 STYLE = """
 .maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem; }
@@ -83,22 +87,24 @@ class Explanation:
     Args:
         image (`bytes`): a copy in the size in which it is displayed, encoded.
         maps (`list[list[dict[str, AttentionMap]]]`): by stage and by head, the mean of all heads first: by title.
-        rollout (`AttentionMap`): over all stages.
     """
 
     image: bytes
     maps: "list[list[dict[str, AttentionMap]]]"
-    rollout: "AttentionMap"
 
 
-def compact(attention: "AttentionMap") -> "AttentionMap":
-    """A copy that is precise enough for display; the original would keep the attention of all layers in memory."""
-    patches = {branch: shares.astype("float16") for branch, shares in attention.patches.items()}
-    return dataclasses.replace(attention, patches=patches)
+def compact(maps: "dict[str, AttentionMap]") -> "dict[str, AttentionMap]":
+    """Copies that are precise enough for display. The maps themselves may be views, which keep those of all layers."""
+
+    def copy(attention: "AttentionMap") -> "AttentionMap":
+        patches = {branch: shares.astype("float16") for branch, shares in attention.patches.items()}
+        return dataclasses.replace(attention, patches=patches)
+
+    return {title: copy(attention) for title, attention in maps.items()}
 
 
 def encode(image: "PIL.Image.Image") -> bytes:
-    # The server keeps the figures of each visitor's page; as PNG they would be twelve times as large
+    # Gradio keeps the figures of each visitor's page; as PNG they would be twelve times as large
     image.save(content := io.BytesIO(), format="WEBP", quality=80)
     return content.getvalue()
 
@@ -168,16 +174,16 @@ class Explainer:
             message = f'<p role="alert"><b>Refused:</b> {html.escape(str(error))}</p>'
             return None, None, message, self.draw(None, stage, head)
         scores = {entry["label"]: entry["score"] for entry in self.pipeline.postprocess(maps.outputs, top_k=5)}
+        rollout = compact({"attention rollout\nover all stages": maps.rollout()})
         all_maps = [
-            [maps.class_token_maps(index, number) for number in (None, *range(min(maps.config.num_heads)))]
-            for index in range(len(maps.config.depth))
-        ]
-        compact_maps = [
-            [{title: compact(each) for title, each in of_head.items()} for of_head in of_stage]
-            for of_stage in all_maps
+            [
+                {**rollout, **compact(maps.class_token_maps(stage_index, head_index))}
+                for head_index in (None, *range(min(maps.config.num_heads)))
+            ]
+            for stage_index in range(len(maps.config.depth))
         ]
         height, width = display_size(image)
-        explanation = Explanation(encode(image.resize((width, height))), compact_maps, compact(maps.rollout()))
+        explanation = Explanation(encode(image.resize((width, height))), all_maps)
         return scores, explanation, "", self.draw(explanation, stage, head)
 
     def draw(self, explanation: Explanation | None, stage: int, head: int) -> str:
@@ -187,11 +193,10 @@ class Explainer:
         from crossvit.interpretability import overlay
 
         if explanation is None:
-            return f"Upload an image to see its maps. They are forgotten after {KEEP_EXPLANATION // 60} minutes."
+            return f"Upload an image to see its maps. They are forgotten after {KEPT_SECONDS // 60} minutes."
         image = PIL.Image.open(io.BytesIO(explanation.image))
-        maps = {"attention rollout\nover all stages": explanation.rollout, **explanation.maps[stage - 1][head]}
         figures = [figure(explanation.image, "your image")]
-        for title, attention in maps.items():
+        for title, attention in explanation.maps[stage - 1][head].items():
             heat = attention.on_image(smooth=True, image_size=image.size[::-1])
             figures.append(figure(encode(overlay(image, heat)), title))
         return f'<div class="maps">{"".join(figures)}</div>{color_bar()}'
@@ -202,31 +207,24 @@ def example_images(labels: list[str]) -> dict[str, "PIL.Image.Image"]:
     import PIL.Image
     import sklearn.datasets
 
-    if labels == [str(digit) for digit in range(10)]:
-        digits = sklearn.datasets.load_digits()
-        return {f"a {digit}": PIL.Image.fromarray((digits.images[digit] * 15.9).astype("uint8")) for digit in (3, 6)}
-    temple, flower = map(PIL.Image.fromarray, sklearn.datasets.load_sample_images().images)
-    return {"a temple": temple, "a flower": flower}
+    if labels == list("0123456789"):
+        digits = (sklearn.datasets.load_digits().images * 255 / 16).astype("uint8")  # the first ten are in order
+        return {f"a {digit}": PIL.Image.fromarray(digits[digit]) for digit in (3, 6)}
+    titles = ("a temple (danielbuechele, CC BY 2.0)", "a flower (vultilion, CC BY 2.0)")
+    return dict(zip(titles, map(PIL.Image.fromarray, sklearn.datasets.load_sample_images().images)))
 
 
 def make_page(explainer: Explainer, name: str, keep_seconds: int) -> "gr.Blocks":
-    """
-    The page.
-
-    Args:
-        explainer (`Explainer`): of the model.
-        name (`str`): of the model, for visitors.
-        keep_seconds (`int`): how often to look for uploads to delete, and how old they are then.
-    """
+    """The page of the model called `name`. Every `keep_seconds`, uploads older than `keep_seconds` are deleted."""
     import gradio as gr
 
     config = explainer.model.config
     labels = list(config.id2label.values())
-    some = "; ".join(labels[:: -(-len(labels) // 5)])
+    some_labels = "; ".join(labels[:: -(-len(labels) // 5)])
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(keep_seconds, keep_seconds)) as page:
         gr.Markdown(f"# {TITLE}\n\n{INTRODUCTION}")
-        gr.HTML(html.escape(f"Model: {name}. It has {len(labels)} classes, such as: {some}"), elem_id="model")
-        explanation = gr.State(time_to_live=KEEP_EXPLANATION)
+        gr.HTML(html.escape(f"Model: {name}. It has {len(labels)} classes, such as: {some_labels}"), elem_id="model")
+        explanation = gr.State(time_to_live=KEPT_SECONDS)
         with gr.Row():
             with gr.Column():
                 # Read by this script, so that every refusal has its message in the page
@@ -274,7 +272,7 @@ def make_page(explainer: Explainer, name: str, keep_seconds: int) -> "gr.Blocks"
 
 
 def find_license(model: str) -> dict[str, Any]:
-    """The license on the model card of a folder or a model of the Hub, or else that of this package."""
+    """The license on the model card in a folder or on the Hub, or else that of this package."""
     from huggingface_hub import ModelCard
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
@@ -316,7 +314,8 @@ def write_space(model: Any, processor: Any, name: str, license: dict[str, Any], 
         model_name=name,
         **license,
     )
-    (folder / "README.md").write_text(f"---\n{card.to_yaml()}\n---\n\n# {TITLE}\n\n{DESCRIPTION}", encoding="utf-8")
+    text = SPACE_CARD.format(metadata=card.to_yaml(), title=TITLE, introduction=INTRODUCTION)
+    (folder / "README.md").write_text(text, encoding="utf-8")
     print(f"Wrote a Space to {folder}; hf upload <name> {folder} --repo-type space publishes it")
 
 
@@ -349,11 +348,11 @@ def main() -> None:
     if args.space:
         return write_space(model, processor, name, find_license(args.model), args.space)
     page = make_page(Explainer(model, processor, args.max_megabytes), name, args.keep_seconds)
-    page.queue(max_size=MAX_WAITING).launch(
+    page.queue(max_size=WAITING_VISITORS).launch(
         server_port=args.port,
         # Files of a little more than is allowed arrive, so that they get their message
         max_file_size=int(4 * args.max_megabytes * 1e6),
-        state_session_capacity=MAX_VISITORS,
+        state_session_capacity=KEPT_VISITORS,
         css=STYLE,
         footer_links=[],
         show_error=True,
