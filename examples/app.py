@@ -95,12 +95,12 @@ class Explanation:
 
 def compact(maps: "dict[str, AttentionMap]") -> "dict[str, AttentionMap]":
     """Copies that are precise enough for display. The maps themselves may be views, which keep those of all layers."""
-
-    def copy(attention: "AttentionMap") -> "AttentionMap":
-        patches = {branch: shares.astype("float16") for branch, shares in attention.patches.items()}
-        return dataclasses.replace(attention, patches=patches)
-
-    return {title: copy(attention) for title, attention in maps.items()}
+    return {
+        title: dataclasses.replace(
+            attention, patches={branch: shares.astype("float16") for branch, shares in attention.patches.items()}
+        )
+        for title, attention in maps.items()
+    }
 
 
 def encode(image: "PIL.Image.Image") -> bytes:
@@ -131,13 +131,7 @@ def color_bar() -> str:
 
 
 class Explainer:
-    """
-    Classifies images and draws their maps; can be shared by threads.
-
-    Args:
-        model ([`CrossViTForImageClassification`]), processor ([`CrossViTImageProcessor`]): of a checkpoint.
-        max_megabytes (`float`): of an upload.
-    """
+    """Classifies images and draws their maps; can be shared by threads."""
 
     def __init__(self, model: Any, processor: Any, max_megabytes: float):
         from transformers import ImageClassificationPipeline
@@ -159,20 +153,19 @@ class Explainer:
         except Exception as error:  # of many types, by format
             raise ValueError(f"The file cannot be read as an image: {error}") from error
 
-    def explain(
-        self, upload: bytes | None, stage: int, head: int
-    ) -> tuple[dict[str, float] | None, Explanation | None, str, str]:
+    def explain(self, upload: bytes | None, stage: int, head: int) -> tuple[dict | None, Explanation | None, str, str]:
         """Of an uploaded file: the scores of the top labels, the explanation, why it was refused, and its maps."""
         from crossvit.interpretability import AttentionMaps, display_size
 
+        def nothing(notice: str = "") -> tuple[None, None, str, str]:
+            return None, None, notice, self.draw(None, stage, head)
+
         if upload is None:  # The visitor removed the image
-            return None, None, "", self.draw(None, stage, head)
+            return nothing()
         try:
-            image = self.open(upload)
-            maps = AttentionMaps(self.model, self.processor, image)
+            maps = AttentionMaps(self.model, self.processor, image := self.open(upload))
         except ValueError as error:
-            message = f'<p role="alert"><b>Refused:</b> {html.escape(str(error))}</p>'
-            return None, None, message, self.draw(None, stage, head)
+            return nothing(f'<p role="alert"><b>Refused:</b> {html.escape(str(error))}</p>')
         scores = {entry["label"]: entry["score"] for entry in self.pipeline.postprocess(maps.outputs, top_k=5)}
         rollout = compact({"attention rollout\nover all stages": maps.rollout()})
         all_maps = [

@@ -176,6 +176,7 @@ def test_page_shows_labels_and_maps_and_refuses_other_files(serve, browser, chec
     script = io.BytesIO()
     PIL.Image.new("L", (9, 9)).save(script, format="EPS")
     refuse("text.png", b"not an image", "not an image of the formats JPEG, PNG")
+    refuse("empty.png", b"", "not an image of the formats JPEG, PNG")
     refuse("script.png", script.getvalue(), "not an image of the formats JPEG, PNG")
     refuse("cut.png", images[0].read_bytes()[:-60], "cannot be read as an image: .*truncated")
     refuse("notes.txt", b"not an image", "not an image of the formats JPEG, PNG")
