@@ -241,7 +241,7 @@ def test_memory_of_visitors_is_bounded():
     assert len(arrays) == 2 + 3 * (1 + 6) * 4
     assert all(array.base is None for array in arrays.values())
     held = sum(array.nbytes for array in arrays.values()) + len(explanation.image)
-    # 54 kB of arrays, 31 kB of the image and 124 kB of the page were measured
+    # 51 kB of arrays, 31 kB of the image and 127 kB of the page were measured
     assert 300 * (held + len(page)) < 100e6
     assert script["KEPT_VISITORS"] <= 300 and script["KEPT_SECONDS"] <= 3600
 
