@@ -13,21 +13,24 @@
 # limitations under the License.
 """A web page on which visitors try a CrossViT on their own images: predictions and attention maps.
 
-    pip install gradio
+    pip install -e ".[app]"
     python examples/app.py                                         # published weights
     python examples/app.py --model outputs/quickstart              # or another folder or model of the Hub
     python examples/app.py --model my-crossvit --space my-space    # writes a folder that is a Space of the Hub
 
-Images are decoded in memory; uploaded files are deleted after one to two minutes.
+Images are decoded in memory. Uploaded files are deleted after one to two minutes, what is kept of an image after
+fifteen minutes, or when a hundred later visitors have come.
 """
 
 import argparse
 import base64
+import contextlib
+import dataclasses
+import functools
 import html
 import importlib.metadata
 import io
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,54 +47,87 @@ if TYPE_CHECKING:
 SCRIPT = Path(__file__)
 MODEL_OF_SPACE = SCRIPT.with_name("model")
 DEFAULT_MODEL = str(MODEL_OF_SPACE) if MODEL_OF_SPACE.is_dir() else "timm/crossvit_15_dagger_240.in1k"
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow opens others by programs such as Ghostscript
 MAX_PIXELS = 50_000_000  # of an upload; a small file can hold many
-CONCURRENT_VISITORS = 4
+CONCURRENT_VISITORS, WAITING_VISITORS = 4, 50
+# What is kept for visitors until later ones come, or for this time. With crossvit_15 it was 0.2 MB for each
+KEPT_VISITORS, KEPT_SECONDS = 100, 900
 TITLE = "CrossViT attention maps"
 INTRODUCTION = """\
-# CrossViT attention maps
-
 CrossViT processes an image at two scales, with small patches (branch 0) and with large ones (branch 1). In each stage
 the class token of a branch attends to the patches of its own branch, then to those of the other (cross-attention).
 Upload an image to see the predictions and what the class tokens attend to, in bright colors. Uploads are not kept.
 """
-CARD = """\
+SPACE_CARD = """\
 ---
-title: {title}
-emoji: 🔎
-colorFrom: blue
-colorTo: yellow
-sdk: gradio
-sdk_version: {gradio}
-app_file: app.py
-license: apache-2.0
+{metadata}
 ---
 
+# {title}
+
 {introduction}
-The folder `crossvit` holds CrossViT for Transformers, `model` the model. The paper:
-[arXiv:2103.14899](https://arxiv.org/abs/2103.14899).
+The folder `crossvit` holds CrossViT for Transformers, which is under the Apache License 2.0 as this page is; `model`
+holds the model, under the license above. The paper: [arXiv:2103.14899](https://arxiv.org/abs/2103.14899).
 """
 STYLE = """
 .maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem; }
 .maps figure { margin: 0; }
 .maps img { width: 100%; }
-.maps figcaption { text-align: center; }
+.maps figcaption, .bar figcaption, .example { text-align: center; }
+.bar img { display: block; margin: 1rem auto 0; height: 1rem; width: 20rem; }
+.example img { display: block; margin: auto; height: 5rem; }
 """
 
 
-@dataclass
+@dataclasses.dataclass
 class Explanation:
     """
     What is kept of an image while its visitor is there.
 
     Args:
-        image (`PIL.Image.Image`): a copy in the size in which it is displayed.
+        image (`bytes`): a copy in the size in which it is displayed, encoded.
         maps (`list[list[dict[str, AttentionMap]]]`): by stage and by head, the mean of all heads first: by title.
-        rollout (`AttentionMap`): over all stages.
     """
 
-    image: "PIL.Image.Image"
+    image: bytes
     maps: "list[list[dict[str, AttentionMap]]]"
-    rollout: "AttentionMap"
+
+
+def compact(maps: "dict[str, AttentionMap]") -> "dict[str, AttentionMap]":
+    """Copies that are precise enough for display. The maps themselves may be views, which keep those of all layers."""
+    return {
+        title: dataclasses.replace(
+            attention, patches={branch: shares.astype("float16") for branch, shares in attention.patches.items()}
+        )
+        for title, attention in maps.items()
+    }
+
+
+def encode(image: "PIL.Image.Image") -> bytes:
+    # Gradio keeps the figures of each visitor's page; as PNG they would be twelve times as large
+    image.save(content := io.BytesIO(), format="WEBP", quality=80)
+    return content.getvalue()
+
+
+def figure(content: bytes, caption: str, style: str = "") -> str:
+    """HTML of an image and its caption."""
+    # In the page itself: a file would have to be kept
+    source, caption = base64.b64encode(content).decode(), html.escape(caption.replace("\n", " "))
+    return (
+        f'<figure class="{style}"><img alt="{caption}" src="data:image/webp;base64,{source}">'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
+
+
+def color_bar() -> str:
+    """HTML that says what the colors of the maps mean."""
+    import numpy as np
+    import PIL.Image
+
+    from crossvit.interpretability import overlay
+
+    colors = overlay(PIL.Image.new("L", (1, 1)), np.linspace(0, 1, 256)[None])
+    return figure(encode(colors), "attention: from none, on the left, to the maximum of the map, on the right", "bar")
 
 
 class Explainer:
@@ -104,71 +140,97 @@ class Explainer:
         self.model, self.processor, self.max_megabytes = model.eval(), processor, max_megabytes
         self.pipeline = ImageClassificationPipeline(model=model, image_processor=processor)
 
-    def explain(self, path: str | None) -> tuple[dict[str, float] | None, Explanation | None]:
-        """The scores of the top labels, and the maps, of an uploaded file."""
-        import gradio as gr
+    def open(self, upload: bytes) -> "PIL.Image.Image":
         import PIL.Image
         from transformers.image_utils import load_image
 
+        if len(upload) > self.max_megabytes * 1e6:
+            raise ValueError(f"The file is larger than {self.max_megabytes:g} MB.")
+        try:
+            return load_image(PIL.Image.open(io.BytesIO(upload), formats=FORMATS))
+        except PIL.UnidentifiedImageError as error:
+            raise ValueError(f"The file is not an image of the formats {', '.join(FORMATS)}.") from error
+        except Exception as error:  # of many types, by format
+            raise ValueError(f"The file cannot be read as an image: {error}") from error
+
+    def explain(self, upload: bytes | None, stage: int, head: int) -> tuple[dict | None, Explanation | None, str, str]:
+        """Of an uploaded file: the scores of the top labels, the explanation, why it was refused, and its maps."""
         from crossvit.interpretability import AttentionMaps, display_size
 
-        def refuse(message: str) -> tuple[None, None]:
-            # A warning, as an error would leave the maps of the image before on the page
-            gr.Warning(message, title="Refused")
-            return None, None
+        def nothing(notice: str = "") -> tuple[None, None, str, str]:
+            return None, None, notice, self.draw(None, stage, head)
 
-        if path is None:  # The visitor removed the image
-            return None, None
-        if Path(path).stat().st_size > self.max_megabytes * 1e6:
-            return refuse(f"The file is larger than {self.max_megabytes:g} MB.")
+        if upload is None:  # The visitor removed the image
+            return nothing()
         try:
-            image = load_image(PIL.Image.open(io.BytesIO(Path(path).read_bytes())))
-        except Exception as error:  # of many types, by format
-            reason = "not an image" if isinstance(error, PIL.UnidentifiedImageError) else error
-            return refuse(f"This file cannot be read as an image: {Path(path).name}: {reason}")
-        maps = AttentionMaps(self.model, self.processor, image)
+            maps = AttentionMaps(self.model, self.processor, image := self.open(upload))
+        except ValueError as error:
+            return nothing(f'<p role="alert"><b>Refused:</b> {html.escape(str(error))}</p>')
         scores = {entry["label"]: entry["score"] for entry in self.pipeline.postprocess(maps.outputs, top_k=5)}
-        heads = (None, *range(min(maps.config.num_heads)))
-        stages = [[maps.class_token_maps(stage, head) for head in heads] for stage in range(len(maps.config.depth))]
+        rollout = compact({"attention rollout\nover all stages": maps.rollout()})
+        all_maps = [
+            [
+                {**rollout, **compact(maps.class_token_maps(stage_index, head_index))}
+                for head_index in (None, *range(min(maps.config.num_heads)))
+            ]
+            for stage_index in range(len(maps.config.depth))
+        ]
         height, width = display_size(image)
-        return scores, Explanation(image.resize((width, height)), stages, maps.rollout())
+        explanation = Explanation(encode(image.resize((width, height))), all_maps)
+        return scores, explanation, "", self.draw(explanation, stage, head)
 
     def draw(self, explanation: Explanation | None, stage: int, head: int) -> str:
         """The maps of a stage, from 1, and of a head, from 1, or 0 for the mean of all heads, as HTML."""
+        import PIL.Image
+
         from crossvit.interpretability import overlay
 
         if explanation is None:
-            return ""
-        image = explanation.image
-        pictures = {"image": image}
-        maps = {"attention rollout\nover all stages": explanation.rollout, **explanation.maps[stage - 1][head]}
-        for title, attention in maps.items():
-            pictures[title] = overlay(image, attention.on_image(smooth=True, image_size=image.size[::-1]))
-        figures = []
-        for title, picture in pictures.items():
-            # In the page itself: a file would have to be kept
-            picture.save(content := io.BytesIO(), format="PNG")
-            source, caption = base64.b64encode(content.getvalue()).decode(), html.escape(title.replace("\n", " "))
-            figures.append(
-                f'<figure><img alt="{caption}" src="data:image/png;base64,{source}">'
-                f"<figcaption>{caption}</figcaption></figure>"
-            )
-        return f'<div class="maps">{"".join(figures)}</div>'
+            return f"Upload an image to see its maps. They are forgotten after {KEPT_SECONDS // 60} minutes."
+        image = PIL.Image.open(io.BytesIO(explanation.image))
+        figures = [figure(explanation.image, "your image")]
+        for title, attention in explanation.maps[stage - 1][head].items():
+            heat = attention.on_image(smooth=True, image_size=image.size[::-1])
+            figures.append(figure(encode(overlay(image, heat)), title))
+        return f'<div class="maps">{"".join(figures)}</div>{color_bar()}'
 
 
-def make_page(explainer: Explainer, keep_seconds: int) -> "gr.Blocks":
+def example_images(labels: list[str]) -> dict[str, "PIL.Image.Image"]:
+    """Two images to try, which ship with scikit-learn: digits where these are the labels, otherwise photos."""
+    import PIL.Image
+    import sklearn.datasets
+
+    if labels == list("0123456789"):
+        digits = (sklearn.datasets.load_digits().images * 255 / 16).astype("uint8")  # the first ten are in order
+        return {f"a {digit}": PIL.Image.fromarray(digits[digit]) for digit in (3, 6)}
+    titles = ("a temple (danielbuechele, CC BY 2.0)", "a flower (vultilion, CC BY 2.0)")
+    return dict(zip(titles, map(PIL.Image.fromarray, sklearn.datasets.load_sample_images().images)))
+
+
+def make_page(explainer: Explainer, name: str, keep_seconds: int) -> "gr.Blocks":
+    """The page of the model called `name`. Every `keep_seconds`, uploads older than `keep_seconds` are deleted."""
     import gradio as gr
 
     config = explainer.model.config
-    # How often to look for uploads to delete, and how old they are then
+    labels = list(config.id2label.values())
+    some_labels = "; ".join(labels[:: -(-len(labels) // 5)])
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(keep_seconds, keep_seconds)) as page:
-        gr.Markdown(INTRODUCTION)
-        explanation = gr.State(time_to_live=3600)
+        gr.Markdown(f"# {TITLE}\n\n{INTRODUCTION}")
+        gr.HTML(html.escape(f"Model: {name}. It has {len(labels)} classes, such as: {some_labels}"), elem_id="model")
+        explanation = gr.State(time_to_live=KEPT_SECONDS)
         with gr.Row():
             with gr.Column():
+                # Read by this script, so that every refusal has its message in the page
                 upload = gr.File(
-                    label=f"Image, at most {explainer.max_megabytes:g} MB", file_types=["image"], elem_id="upload"
+                    label=f"Image, at most {explainer.max_megabytes:g} MB", type="binary", elem_id="upload"
                 )
+                notice = gr.HTML(elem_id="notice")
+                with gr.Row():
+                    examples = {}
+                    for title, image in example_images(labels).items():
+                        with gr.Column(min_width=80):
+                            gr.HTML(figure(content := encode(image), title), elem_classes="example")
+                            examples[gr.Button("Try it", size="sm")] = content
                 stages = len(config.depth)
                 stage = gr.Slider(
                     1, max(2, stages), value=stages, step=1, label="Stage", elem_id="stage", visible=stages > 1
@@ -176,40 +238,77 @@ def make_page(explainer: Explainer, keep_seconds: int) -> "gr.Blocks":
                 head = gr.Slider(
                     0, min(config.num_heads), value=0, step=1, label="Head (0: the mean of all heads)", elem_id="head"
                 )
-            labels = gr.Label(num_top_classes=5, label="Top 5", elem_id="labels")
-        maps = gr.HTML(elem_id="maps")
+            scores = gr.Label(num_top_classes=5, label="Top 5", elem_id="labels")
+        maps = gr.HTML(explainer.draw(None, stages, 0), elem_id="maps")
 
-        drawing: dict[str, Any] = {
-            "fn": explainer.draw,
-            "inputs": [explanation, stage, head],
-            "outputs": maps,
-            "show_progress": "hidden",
-            "concurrency_limit": CONCURRENT_VISITORS,
-        }
-        upload.change(
-            explainer.explain, upload, [labels, explanation], api_name="explain", concurrency_limit=CONCURRENT_VISITORS
-        ).then(**drawing, api_name="draw")
-        # Of a slider that moves on while its maps are drawn, only the last position counts
-        gr.on([stage.change, head.change], **drawing, trigger_mode="always_last", api_name=False)
+        limits: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": CONCURRENT_VISITORS}
+        explained = [scores, explanation, notice, maps]
+        gr.on([upload.upload, upload.clear], explainer.explain, [upload, stage, head], explained, **limits)
+        for button, content in examples.items():
+            button.click(
+                functools.partial(explainer.explain, content),
+                [stage, head],
+                explained,
+                api_visibility="private",
+                **limits,
+            ).then(lambda: None, outputs=upload, api_visibility="private")
+        gr.on(
+            [stage.change, head.change],
+            explainer.draw,
+            [explanation, stage, head],
+            maps,
+            show_progress="hidden",
+            trigger_mode="always_last",  # Of a slider that moves on while its maps are drawn
+            **limits,
+        )
     return page
 
 
-def write_space(model: Any, processor: Any, folder: Path) -> None:
-    """Writes what a Space needs: this page, the package, the model, the requirements and the card."""
+def find_license(model: str) -> dict[str, Any]:
+    """The license on the model card in a folder or on the Hub, or else that of this package."""
+    from huggingface_hub import ModelCard
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    card = Path(model, "README.md")
+    entries: dict[str, Any] = {}
+    if card.is_file() or not Path(model).is_dir():
+        with contextlib.suppress(RemoteEntryNotFoundError):  # a model of the Hub without a card
+            entries = ModelCard.load(card if card.is_file() else model).data.to_dict()
+    named = {key: entry for key, entry in entries.items() if key in ("license", "license_name", "license_link")}
+    return named or {"license": "apache-2.0"}
+
+
+def write_space(model: Any, processor: Any, name: str, license: dict[str, Any], folder: Path) -> None:
+    """Writes what a Space needs: this page, the package, the model, the requirements, the licenses and the card."""
+    from huggingface_hub import SpaceCardData
+
     import crossvit
 
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"--space {folder}: is not empty; name a new folder")
     package = Path(crossvit.__file__).parent
     shutil.copytree(package, folder / "crossvit", ignore=shutil.ignore_patterns("__pycache__"))
-    for script in (SCRIPT, SCRIPT.with_name("command_line.py")):
-        shutil.copy(script, folder)
+    licenses = [file.locate() for file in importlib.metadata.files("crossvit") if file.name in ("LICENSE", "NOTICE")]
+    for file in (SCRIPT, SCRIPT.with_name("command_line.py"), *licenses):
+        shutil.copy(file, folder)
     model.save_pretrained(folder / MODEL_OF_SPACE.name)
     processor.save_pretrained(folder / MODEL_OF_SPACE.name)
     requirements = [line for line in importlib.metadata.requires("crossvit") if "extra ==" not in line]
-    (folder / "requirements.txt").write_text("\n".join([*requirements, "matplotlib"]) + "\n", encoding="utf-8")
-    card = CARD.format(title=TITLE, gradio=importlib.metadata.version("gradio"), introduction=INTRODUCTION)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    requirements += ["matplotlib", "scikit-learn"]
+    (folder / "requirements.txt").write_text("\n".join(requirements) + "\n", encoding="utf-8")
+    card = SpaceCardData(
+        title=TITLE,
+        emoji="🔎",
+        colorFrom="blue",
+        colorTo="yellow",
+        sdk="gradio",
+        sdk_version=importlib.metadata.version("gradio"),
+        app_file=SCRIPT.name,
+        model_name=name,
+        **license,
+    )
+    text = SPACE_CARD.format(metadata=card.to_yaml(), title=TITLE, introduction=INTRODUCTION)
+    (folder / "README.md").write_text(text, encoding="utf-8")
     print(f"Wrote a Space to {folder}; hf upload <name> {folder} --repo-type space publishes it")
 
 
@@ -230,16 +329,26 @@ def main() -> None:
 
     # After the options, as these imports take seconds
     import PIL.Image
+    from huggingface_hub import SpaceCard
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     PIL.Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses images of more than twice as many
     model, processor = load_checkpoint(args.model)
+    name = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model
+    if args.model == str(MODEL_OF_SPACE):
+        name = SpaceCard.load(SCRIPT.with_name("README.md")).data.get("model_name", name)
     if args.space:
-        return write_space(model, processor, args.space)
-    page = make_page(Explainer(model, processor, args.max_megabytes), args.keep_seconds)
-    page.queue().launch(
-        server_port=args.port, max_file_size=int(args.max_megabytes * 1e6), css=STYLE, footer_links=[], show_error=True
+        return write_space(model, processor, name, find_license(args.model), args.space)
+    page = make_page(Explainer(model, processor, args.max_megabytes), name, args.keep_seconds)
+    page.queue(max_size=WAITING_VISITORS).launch(
+        server_port=args.port,
+        # Files of a little more than is allowed arrive, so that they get their message
+        max_file_size=int(4 * args.max_megabytes * 1e6),
+        state_session_capacity=KEPT_VISITORS,
+        css=STYLE,
+        footer_links=[],
+        show_error=True,
     )
 
 

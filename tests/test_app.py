@@ -1,22 +1,28 @@
 """The web page, in a headless Chromium."""
 
+import io
+import json
 import os
 import re
+import runpy
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
+import sklearn.datasets
 from examples_in_process import EXAMPLES
+from huggingface_hub import SpaceCard
 from timm_reference import perturb
 
-from crossvit import CrossViTForImageClassification, CrossViTImageProcessor
+from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
 
 
 pytestmark = pytest.mark.app
@@ -106,8 +112,8 @@ def upload(page, file: Path) -> None:
 
 
 def sources(page) -> list[str]:
-    page.wait_for_selector("#maps img")
-    return page.eval_on_selector_all("#maps img", "images => images.map(image => image.src)")
+    page.wait_for_selector("#maps .maps img")
+    return page.eval_on_selector_all("#maps .maps img", "images => images.map(image => image.src)")
 
 
 def wait_for_other_maps(page, before: list[str]) -> list[str]:
@@ -135,6 +141,7 @@ def test_page_shows_labels_and_maps_and_refuses_other_files(serve, browser, chec
     # The image, the rollout, self-attention and cross-attention of two branches
     assert len(first) == len(set(first)) == 6
     captions = page.locator("#maps figcaption").all_inner_texts()
+    assert captions[0] == "your image" and "maximum of the map" in captions[-1]
     assert captions[1:3] == ["attention rollout over all stages", "branch 0 (6x6 patches) self-attention"]
     labels = page.locator("#labels").inner_text()
     assert len(set(re.findall(r"class <\d>", labels))) == 5 and "%" in labels
@@ -149,7 +156,7 @@ def test_page_shows_labels_and_maps_and_refuses_other_files(serve, browser, chec
     page.screenshot(path=tmp_path / "page.png", full_page=True)
 
     def refuse(name: str, content: bytes, message: str) -> None:
-        """The file replaces an image, whose maps must not stay."""
+        """The file replaces an image, whose maps must not stay. The message stays beside the file."""
         page.reload()
         page.wait_for_selector("#upload input[type=file]", state="attached")
         upload(page, images[0])
@@ -158,21 +165,31 @@ def test_page_shows_labels_and_maps_and_refuses_other_files(serve, browser, chec
         page.wait_for_selector("#upload input[type=file]", state="attached")
         (tmp_path / name).write_bytes(content)
         upload(page, tmp_path / name)
-        page.get_by_text(re.compile(message)).first.wait_for()
+        page.locator("#notice", has_text=re.compile(f"Refused: .*{message}")).wait_for()
         page.wait_for_function("!document.querySelector('#maps img')")
+        assert not page.locator(".toast-body").is_visible()
+        page.get_by_label("Clear").first.click()
+        page.wait_for_function("!document.querySelector('#notice').innerText.trim()")
 
-    refuse("text.png", b"not an image", "text.png: not an image")
-    refuse("cut.png", images[0].read_bytes()[:-60], "cannot be read as an image: cut.png")
-    refuse("notes.txt", b"not an image", "Invalid file type|not an image|must be")
-    refuse("large.png", images[0].read_bytes() + bytes(600_000), "larger than 0.5 MB|exceed")
+    thin = io.BytesIO()
+    PIL.Image.new("L", (1, 100_000)).save(thin, format="PNG")
+    script = io.BytesIO()
+    PIL.Image.new("L", (9, 9)).save(script, format="EPS")
+    refuse("text.png", b"not an image", "not an image of the formats JPEG, PNG")
+    refuse("empty.png", b"", "not an image of the formats JPEG, PNG")
+    refuse("script.png", script.getvalue(), "not an image of the formats JPEG, PNG")
+    refuse("cut.png", images[0].read_bytes()[:-60], "cannot be read as an image: .*truncated")
+    refuse("notes.txt", b"not an image", "not an image of the formats JPEG, PNG")
+    refuse("large.png", images[0].read_bytes() + bytes(600_000), "larger than 0.5 MB")
+    refuse("thin.png", thin.getvalue(), "1x100000 pixels .* less extreme aspect ratio")
 
     # The page still works, and no upload is kept
     page.reload()
     upload(page, images[1])
     assert len(sources(page)) == 6
     end = time.monotonic() + 20
-    while kept := [file for file in (tmp_path / "uploads").rglob("*") if file.is_file() and file.stat().st_size]:
-        assert time.monotonic() < end, kept  # Gradio leaves empty files behind
+    while kept := [file for file in (tmp_path / "uploads").rglob("*") if file.is_file()]:
+        assert time.monotonic() < end, kept
         time.sleep(0.2)
     before = sources(page)
     set_slider(page, "stage", 1)
@@ -183,6 +200,50 @@ def test_page_shows_labels_and_maps_and_refuses_other_files(serve, browser, chec
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=30)
     assert process.returncode in (0, 130) and "Traceback" not in output, output
+
+
+def test_page_names_its_model_and_has_examples(serve, browser, checkpoint, images):
+    address, _ = serve(EXAMPLES / "app.py", "--model", checkpoint)
+    page = open_page(browser, address)
+    assert page.locator("#model").inner_text().startswith("Model: checkpoint. It has 5 classes, such as: class <0>;")
+    examples = page.locator(".example img")
+    assert examples.count() == 2
+    upload(page, images[0])
+    maps = sources(page)
+    for number in range(2):
+        page.get_by_text("Try it").nth(number).click()
+        maps = wait_for_other_maps(page, maps)
+        # The maps are those of the example, and not of a file that still seems to be uploaded
+        assert page.locator("#maps img").first.get_attribute("alt") == "your image"
+        page.wait_for_selector("#upload input[type=file]", state="attached")
+    page.close()
+
+    with urllib.request.urlopen(f"{address}/gradio_api/info") as response:
+        assert set(json.load(response)["named_endpoints"]) == {"/explain", "/draw"}
+
+
+def make_explainer():
+    script = runpy.run_path(str(EXAMPLES / "app.py"))
+    model, processor = CrossViTForImageClassification(CrossViTConfig()), CrossViTImageProcessor()  # crossvit_15
+    return script, script["Explainer"](model, processor, max_megabytes=10)
+
+
+def test_memory_of_visitors_is_bounded():
+    """What is kept for a visitor: the arrays, the image, and the figures, which Gradio keeps with the page."""
+    script, explainer = make_explainer()
+    photo = (Path(sklearn.datasets.__file__).parent / "images" / "china.jpg").read_bytes()
+    scores, explanation, notice, page = explainer.explain(photo, 3, 0)
+    assert len(scores) == 2 and not notice and page.count("<img") == 7
+    attentions = [attention for heads in explanation.maps for maps in heads for attention in maps.values()]
+    assert len(attentions) == 3 * (1 + 6) * 5
+    arrays = {id(patches): patches for attention in attentions for patches in attention.patches.values()}
+    # The rollout is the same in all stages and heads
+    assert len(arrays) == 2 + 3 * (1 + 6) * 4
+    assert all(array.base is None for array in arrays.values())
+    held = sum(array.nbytes for array in arrays.values()) + len(explanation.image)
+    # 51 kB of arrays, 31 kB of the image and 127 kB of the page were measured
+    assert 300 * (held + len(page)) < 100e6
+    assert script["KEPT_VISITORS"] <= 300 and script["KEPT_SECONDS"] <= 3600
 
 
 def test_concurrent_visitors_see_their_own_images(serve, browser, checkpoint, images):
@@ -207,9 +268,13 @@ def test_space_needs_only_its_folder(serve, browser, example, checkpoint, images
     status, output, errors = example("app", "--model", checkpoint, "--space", space)
     assert status == 0 and str(space) in output, errors
     names = {path.name for path in space.iterdir()}
-    assert names == {"README.md", "app.py", "command_line.py", "crossvit", "model", "requirements.txt"}
-    card = (space / "README.md").read_text()
-    assert card.startswith("---\ntitle: ") and "sdk: gradio" in card and "app_file: app.py" in card
+    assert names == {
+        "LICENSE", "NOTICE", "README.md", "app.py", "command_line.py", "crossvit", "model", "requirements.txt"
+    }  # fmt: skip
+    for name in ("LICENSE", "NOTICE"):
+        assert (space / name).read_text() == (EXAMPLES.parent / name).read_text()
+    card = SpaceCard.load(space / "README.md").data
+    assert (card.sdk, card.app_file, card.license) == ("gradio", "app.py", "apache-2.0")
     requirements = (space / "requirements.txt").read_text()
     assert "transformers<6,>=5." in requirements and "extra" not in requirements and "matplotlib" in requirements
     shutil.rmtree(checkpoint)
@@ -219,9 +284,22 @@ def test_space_needs_only_its_folder(serve, browser, example, checkpoint, images
     upload(page, images[0])
     assert len(sources(page)) == 6
     assert page.locator("#head").is_visible() and not page.locator("#stage").is_visible()
+    assert "Model: checkpoint." in page.locator("#model").inner_text()
     page.close()
 
     status, _, errors = example("app", "--model", space / "model", "--space", space)
     assert status == 1 and f"--space {space}: is not empty" in errors
     status, _, errors = example("app", "--model", tmp_path / "typo")
     assert status == 1 and "typo: no CrossViT in such a folder or on the Hub" in errors
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [{"license": "cc-by-nc-4.0"}, {"license": "other", "license_name": "own", "license_link": "LICENSE.md"}],
+)
+def test_space_has_the_license_of_its_model(example, checkpoint, metadata, tmp_path):
+    card = "".join(f"{key}: {value}\n" for key, value in metadata.items())
+    (checkpoint / "README.md").write_text(f"---\n{card}---\n\n# A model\n")
+    status, _, errors = example("app", "--model", checkpoint, "--space", tmp_path / "space")
+    assert status == 0, errors
+    assert metadata.items() <= SpaceCard.load(tmp_path / "space" / "README.md").data.to_dict().items()

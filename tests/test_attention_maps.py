@@ -285,6 +285,42 @@ def test_smooth_maps_keep_constants_and_order():
     assert (np.diff(ramp[20, 10:60]) >= -1e-9).all()
 
 
+@pytest.mark.parametrize("backend", [CrossViTImageProcessor, CrossViTImageProcessorPil])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"size": {"shortest_edge": 41, "longest_edge": 60}},
+        {"size": {"height": 30, "width": 28}},
+        {"do_resize": False},
+    ],
+)
+@pytest.mark.parametrize("size", [(50, 44), (44, 50), (7, 290), (333, 91), (64, 64), (1, 3)])
+def test_size_after_resizing_is_computed(backend, options, size):
+    processor = backend(do_center_crop=False, **options)
+    image = make_image(*size)
+    crop = CropRegion.from_processed(processor, image, processor(image, return_tensors="pt").pixel_values)
+    # Any other size than that of the pixel values would be a crop, or padded
+    assert crop.origin == (0, 0) and crop.size == crop.image_size
+
+
+@pytest.mark.parametrize("backend", [CrossViTImageProcessor, CrossViTImageProcessorPil])
+@pytest.mark.parametrize("size", [(1, 100_000), (100_000, 1), (30, 6500)])
+def test_extreme_aspect_ratio_is_refused_before_anything_is_resized(model, monkeypatch, backend, size):
+    monkeypatch.setattr(backend, "resize", lambda *args, **kwargs: pytest.fail("the image is resized"))
+    message = rf"{size[0]}x{size[1]} pixels .*, which is more than 16,000,000: crop it"
+    with pytest.raises(ValueError, match=message):
+        AttentionMaps(model, backend(), PIL.Image.new("RGB", size))
+
+
+def test_long_images_are_not_refused(model):
+    processor = make_processor()
+    assert AttentionMaps(model, processor, make_image(5, 500)).outputs.logits.shape == (1, 5)
+    # Nothing grows here, however long the image is
+    processor.do_resize = False
+    assert AttentionMaps(model, processor, PIL.Image.new("L", (1, 16_000_001))).outputs.logits.shape == (1, 5)
+
+
 def interrupt(*args):
     raise KeyboardInterrupt
 

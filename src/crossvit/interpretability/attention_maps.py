@@ -32,9 +32,13 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from transformers.image_utils import load_image
+from transformers.image_transforms import get_resize_output_image_size, get_size_with_aspect_ratio
+from transformers.image_utils import ChannelDimension, load_image
 
 from .rollout import attention_rollout, attention_weights_by_stage, select
+
+
+MAX_RESIZED_PIXELS = 16_000_000  # 213 times as long as wide at 274 pixels, 96 times at 408
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,11 @@ class CropRegion:
     @classmethod
     def from_processed(cls, image_processor: Any, image: PIL.Image.Image, pixel_values: torch.Tensor) -> "CropRegion":
         """The crop of `image` that `image_processor` turned into `pixel_values` (1, channels, height, width)."""
-        uncropped = image_processor(
-            image, do_center_crop=False, do_rescale=False, do_normalize=False, return_tensors="pt"
-        ).pixel_values
         image_size = (image.height, image.width)
         origin, size = [], []
-        for side, resized, cropped in zip(image_size, uncropped.shape[-2:], pixel_values.shape[-2:]):
+        for side, resized, cropped in zip(
+            image_size, get_resized_size(image_processor, image), pixel_values.shape[-2:]
+        ):
             # As in `center_crop` of the image processors
             margin = round((resized - cropped) / 2) if resized >= cropped else -((cropped - resized) // 2)
             origin.append(margin * side / resized)
@@ -171,7 +174,9 @@ class AttentionMaps:
         interpolate_pos_encoding (`bool`, *optional*, defaults to `False`): as in [`CrossViTModel`].
 
     Raises:
-        `ValueError`: if there are neither one nor as many images as branches, or for a model of another class.
+        `ValueError`: if there are neither one nor as many images as branches, for a model of another class, or if
+            resizing would make more than `MAX_RESIZED_PIXELS` of an image that has fewer, as of an image one pixel
+            wide.
 
     Attributes:
         images (`tuple[PIL.Image.Image, ...]`): the image of each branch, upright and in RGB.
@@ -189,6 +194,8 @@ class AttentionMaps:
                 f" {len(image)}."
             )
         images = tuple(load_image(entry) for entry in (image if is_per_branch else [image]))
+        for entry in images:
+            check_resized_size(image_processor, entry)
         pixel_values = image_processor([images] if is_per_branch else images, return_tensors="pt").pixel_values
         crops = tuple(CropRegion.from_processed(image_processor, entry, pixel_values) for entry in images)
         with torch.no_grad(), eager_attention(model):
@@ -288,6 +295,31 @@ class AttentionMaps:
         patches = weights[1:].reshape(self.grid_sizes[patch_branch])
         crops = {patch_branch: self.crops[patch_branch]}
         return AttentionMap({class_branch: float(weights[0])}, {patch_branch: patches}, crops)
+
+
+def get_resized_size(image_processor: Any, image: PIL.Image.Image) -> tuple[int, int]:
+    """The (height, width) of an image after the image processor has resized it, before it is cropped."""
+    size = image_processor.size
+    if not image_processor.do_resize:
+        return image.height, image.width
+    if size.shortest_edge and size.longest_edge:
+        return get_size_with_aspect_ratio((image.height, image.width), size.shortest_edge, size.longest_edge)
+    if size.shortest_edge:
+        shape_only = np.broadcast_to(np.uint8(0), (image.height, image.width, 3))  # without memory for its pixels
+        return get_resize_output_image_size(
+            shape_only, size.shortest_edge, default_to_square=False, input_data_format=ChannelDimension.LAST
+        )
+    return size.height, size.width
+
+
+def check_resized_size(image_processor: Any, image: PIL.Image.Image) -> None:
+    """A `ValueError` refuses an image of which resizing would make gigabytes, before it is resized."""
+    height, width = get_resized_size(image_processor, image)
+    if height * width > max(MAX_RESIZED_PIXELS, image.height * image.width):
+        raise ValueError(
+            f"The image has {image.width}x{image.height} pixels (width x height) and would have {width}x{height} after"
+            f" resizing, which is more than {MAX_RESIZED_PIXELS:,}: crop it to a less extreme aspect ratio."
+        )
 
 
 @contextmanager
