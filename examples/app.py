@@ -125,9 +125,12 @@ def color_bar() -> str:
     import PIL.Image
 
     from crossvit.interpretability import overlay
+    from crossvit.interpretability.plotting import MAX_HEAT
 
-    colors = overlay(PIL.Image.new("L", (1, 1)), np.linspace(0, 1, 256)[None])
-    return figure(encode(colors), "attention: from none, on the left, to the maximum of the map, on the right", "bar")
+    colors = overlay(PIL.Image.new("L", (1, 1), 255), np.geomspace(1, MAX_HEAT, 256)[None])
+    return figure(
+        encode(colors), f"attention: from 1x uniform attention, on the left, to {MAX_HEAT}x, on the right", "bar"
+    )
 
 
 class Explainer:
@@ -183,15 +186,15 @@ class Explainer:
         """The maps of a stage, from 1, and of a head, from 1, or 0 for the mean of all heads, as HTML."""
         import PIL.Image
 
-        from crossvit.interpretability import overlay
+        from crossvit.interpretability import draw_attention
 
         if explanation is None:
             return f"Upload an image to see its maps. They are forgotten after {KEPT_SECONDS // 60} minutes."
         image = PIL.Image.open(io.BytesIO(explanation.image))
         figures = [figure(explanation.image, "your image")]
         for title, attention in explanation.maps[stage - 1][head].items():
-            heat = attention.on_image(smooth=True, image_size=image.size[::-1])
-            figures.append(figure(encode(overlay(image, heat)), title))
+            picture, peak = draw_attention(image, attention)
+            figures.append(figure(encode(picture), f"{title}, {peak}"))
         return f'<div class="maps">{"".join(figures)}</div>{color_bar()}'
 
 

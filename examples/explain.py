@@ -52,8 +52,8 @@ def main() -> None:
         Picture,
         Scores,
         display_size,
+        draw_attention,
         draw_rows,
-        overlay,
     )
 
     logging.disable_progress_bar()
@@ -72,8 +72,8 @@ def main() -> None:
 
     def draw(attention: AttentionMap, title: str, label: str = "", branch: int | None = None) -> Picture:
         image = maps.images[min(attention.patches) if branch is None else branch]
-        heat = attention.on_image(smooth=True, image_size=display_size(image), branch=branch)
-        return Picture(overlay(image, heat), title, label)
+        picture, peak = draw_attention(image, attention, branch)
+        return Picture(picture, f"{title}, {peak}", label)
 
     branches = range(model.config.num_branches)
     columns = 2 * len(branches)
@@ -94,7 +94,7 @@ def main() -> None:
         rows.append(row + [None] * (columns - len(row)))
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    draw_rows(rows, heat="attention of the class token, relative to the maximum of the map").savefig(args.output)
+    draw_rows(rows, heat=True).savefig(args.output)
     print(f"Drew the attention maps in {args.output}")
 
 

@@ -137,7 +137,7 @@ def classify(model_name: str, paths: list[str], output: Path) -> None:
     from transformers import pipeline
     from transformers.utils import logging
 
-    from crossvit.interpretability import AttentionMaps, Picture, Scores, display_size, draw_rows, overlay
+    from crossvit.interpretability import AttentionMaps, Picture, Scores, draw_attention, draw_rows
     from crossvit.interpretability.plotting import ORANGE
     from crossvit.training.errors import CommandError
 
@@ -172,10 +172,10 @@ def classify(model_name: str, paths: list[str], output: Path) -> None:
         row: list[Any] = [Picture(images[number], titles[0], names[number], None if correct[number] else ORANGE)]
         row += [Scores(predictions[number], titles[1], correct[number]), None]
         for title, attention in maps.class_token_maps().items():
-            heat = attention.on_image(smooth=True, image_size=display_size(images[number]))
-            row.append(Picture(overlay(images[number], heat), title if not rows else ""))
+            picture, peak = draw_attention(images[number], attention)
+            row.append(Picture(picture, peak if rows else f"{title}\n{peak}"))
         rows.append(row)
-    figure = draw_rows(rows, heat="attention of the class token, relative to the maximum of the map")
+    figure = draw_rows(rows, heat=True)
     if mistakes:
         first = len(mistakes[:2])
         note = f"{first} of {len(mistakes)} wrong predictions come first (orange): they show the model's limits"

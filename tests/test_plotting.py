@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import PIL.Image
 
-from crossvit.interpretability import overlay
+from crossvit.interpretability import AttentionMap, CropRegion, draw_attention, overlay
 
 
 def test_import_needs_neither_matplotlib_nor_training():
@@ -20,12 +20,27 @@ assert not [name for name in sys.modules if name.startswith("crossvit.training")
     assert process.returncode == 0, process.stderr
 
 
-def test_overlay_is_brightest_where_the_values_are_highest():
-    image = PIL.Image.new("RGB", (30, 20), (90, 90, 90))
-    values = np.zeros((20, 30))
-    values[5, 7] = 3
-    pixels = np.asarray(overlay(image, values)).sum(axis=2)
-    assert pixels.shape == (20, 30) and np.unravel_index(pixels.argmax(), pixels.shape) == (5, 7)
-    assert len(np.unique(pixels)) == 2
-    # A map may be zero everywhere, as when a head attends only to the class token; negative values count as zero
-    assert np.array_equal(overlay(image, np.zeros((20, 30))), overlay(image, np.full((20, 30), -1.0)))
+def test_only_more_than_uniform_attention_is_drawn():
+    image = PIL.Image.effect_noise((30, 20), 90)
+    unchanged = np.asarray(image.convert("RGB"))
+    values = np.ones((20, 30))
+    assert np.array_equal(overlay(image, values), unchanged)
+    assert np.array_equal(overlay(image, 0 * values), unchanged) and np.array_equal(overlay(image, -values), unchanged)
+    # 10 % above uniform attention changes colors by 8 of 255 at most
+    assert np.abs(np.asarray(overlay(image, 1.1 * values), dtype=int) - unchanged).max() < 10
+    values[5, 7], values[6, 8] = 3, 12
+    changes = np.abs(np.asarray(overlay(image, values), dtype=int) - unchanged).sum(axis=2)
+    assert set(zip(*changes.nonzero())) == {(5, 7), (6, 8)}
+    assert np.array_equal(overlay(image, 0 * values + 16), overlay(image, 0 * values + 99))
+
+
+def test_peak_is_a_multiple_of_uniform_attention():
+    patches = np.full((4, 4), 0.25 / 16)
+    patches[1, 2] += 0.5  # (0.5 + 0.25 / 16) / (0.75 / 16) = 11
+    crop = CropRegion((40, 40), (0.0, 0.0), (40.0, 40.0))
+    image = PIL.Image.new("RGB", (40, 40), "white")
+    picture, peak = draw_attention(image, AttentionMap({0: 0.25}, {0: patches}, {0: crop}))
+    assert peak == "max 11.0x" and picture.size == (480, 480)
+    uniform = AttentionMap({0: 0.9}, {0: np.full((4, 4), 0.1 / 16)}, {0: crop})
+    picture, peak = draw_attention(image, uniform)
+    assert peak == "max 1.0x" and picture.getextrema() == ((255, 255),) * 3

@@ -15,7 +15,7 @@
 
 from .attention_maps import AttentionMap, AttentionMaps, CropRegion
 from .attribution import LogitsModel, TokensToMaps
-from .plotting import Picture, Scores, display_size, draw_rows, overlay
+from .plotting import Picture, Scores, display_size, draw_attention, draw_rows, overlay
 from .rollout import attention_iou, attention_rollout
 
 
@@ -30,6 +30,7 @@ __all__ = [
     "attention_iou",
     "attention_rollout",
     "display_size",
+    "draw_attention",
     "draw_rows",
     "overlay",
 ]

@@ -124,7 +124,11 @@ class AttentionMap:
     crops: dict[int, CropRegion]
 
     def on_image(
-        self, smooth: bool = False, image_size: tuple[int, int] | None = None, branch: int | None = None
+        self,
+        smooth: bool = False,
+        image_size: tuple[int, int] | None = None,
+        branch: int | None = None,
+        relative: bool = False,
     ) -> np.ndarray:
         """
         The attention to the patches, spread evenly over their areas.
@@ -133,10 +137,12 @@ class AttentionMap:
             smooth, image_size:
                 As in [`CropRegion.align`].
             branch (`int`, *optional*): whose patches, on its image; by default the sum over the branches in `patches`.
+            relative (`bool`, *optional*, defaults to `False`): whether to return multiples of uniform attention, that
+                is, of the same attention to the patches spread evenly over the crop, for display.
 
         Returns:
             `np.ndarray`: (height, width) of the image, the attention to each pixel: 0 outside the crop. Its sum is
-            the attention to all these patches, unless `smooth` or the image was padded.
+            the attention to all these patches, unless `smooth`, `relative`, or the image was padded.
 
         Raises:
             `ValueError`: if `patches` has no such branch, or a sum is over images of different sizes.
@@ -152,9 +158,13 @@ class AttentionMap:
                 f"The images of branches {branches} have different sizes, so that the attention to them cannot be"
                 " summed: choose one of them with `branch`."
             )
-        height, width = image_size or crop.image_size
-        crop_pixels = np.prod(crop.size) * height * width / np.prod(crop.image_size)
-        densities = [self.patches[index] * self.patches[index].size / crop_pixels for index in branches]
+        patches = [self.patches[index].astype(np.float64) for index in branches]
+        if relative:
+            uniform = np.sum([shares.sum() for shares in patches])
+        else:
+            height, width = image_size or crop.image_size
+            uniform = np.prod(crop.size) * height * width / np.prod(crop.image_size)
+        densities = [shares * shares.size / uniform for shares in patches]
         return np.sum([crop.align(density, smooth, image_size) for density in densities], axis=0)
 
 

@@ -21,14 +21,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import PIL.Image
 
+from .attention_maps import AttentionMap
+
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
 
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#BBBBBB"
-HEAT = "inferno"
+MAX_HEAT = 16  # times uniform attention, where the colors end
 CELL = 2.1  # inches, the width of a picture in a row
 
 
@@ -38,25 +41,52 @@ def display_size(image: PIL.Image.Image, side: int = 480) -> tuple[int, int]:
     return max(1, round(scale * image.height)), max(1, round(scale * image.width))
 
 
+def heat_colors() -> "ListedColormap":
+    """The colors of an [`overlay`], from transparent at 1x uniform attention to almost opaque at `MAX_HEAT`."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    strength = np.linspace(0, 1, 256)
+    colors = colormaps["plasma"](strength)
+    colors[:, 3] = 0.9 * strength
+    return ListedColormap(colors)
+
+
 def overlay(image: PIL.Image.Image, values: np.ndarray) -> PIL.Image.Image:
     """
-    A heat map of values, relative to their maximum, over the image in grey.
+    A heat map over the image. What has no more than uniform attention stays as it is, so that the map of a model that
+    attends to everything alike shows only the image. The scale is logarithmic, up to 16 times uniform attention, and
+    the same for all maps, so that pictures can be compared.
 
     Args:
         image (`PIL.Image.Image`): is resized to the shape of the values.
-        values (`np.ndarray`): (height, width), from [`AttentionMap.on_image`] or [`CropRegion.align`]; negative ones
-            count as 0.
+        values (`np.ndarray`): (height, width) in multiples of uniform attention, as from
+            `AttentionMap.on_image(relative=True)`.
     """
-    from matplotlib import colormaps
-
     height, width = values.shape
-    grey = np.asarray(image.convert("L").resize((width, height)), dtype=np.float32)[..., None] / 255
-    weights = np.clip(values, 0, None).astype(np.float32)
-    weights /= max(weights.max(), np.finfo(np.float32).tiny)
-    colors = colormaps[HEAT](weights)[..., :3]
-    opacity = 0.2 + 0.7 * weights[..., None]
-    # The image is darkened so that only high values look bright
-    return PIL.Image.fromarray((255 * (opacity * colors + (1 - opacity) * grey / 1.4)).round().astype(np.uint8))
+    pixels = np.asarray(image.convert("RGB").resize((width, height)), dtype=np.float32)
+    strength = np.log(np.clip(values, 1, MAX_HEAT)) / np.log(MAX_HEAT)
+    colors = heat_colors()(strength)
+    opacity = colors[..., 3:]
+    return PIL.Image.fromarray((opacity * 255 * colors[..., :3] + (1 - opacity) * pixels).round().astype(np.uint8))
+
+
+def draw_attention(
+    image: PIL.Image.Image, attention: AttentionMap, branch: int | None = None
+) -> tuple[PIL.Image.Image, str]:
+    """
+    The [`overlay`] of an attention map over its image, and the peak of the map as text, such as "max 7.1x".
+
+    Args:
+        image (`PIL.Image.Image`): or a scaled copy; is resized to 480 pixels on its longer side.
+        attention (`AttentionMap`): the map.
+        branch (`int`, *optional*): as in [`AttentionMap.on_image`].
+    """
+    size = display_size(image)
+    # Smoothing lowers peaks
+    peak = attention.on_image(image_size=size, branch=branch, relative=True).max()
+    heat = attention.on_image(smooth=True, image_size=size, branch=branch, relative=True)
+    return overlay(image, heat), f"max {peak:.1f}x"
 
 
 @dataclass(frozen=True)
@@ -110,16 +140,17 @@ class Scores:
         axis.spines[["top", "right", "bottom"]].set_visible(False)
 
 
-def draw_rows(rows: Sequence[Sequence[Picture | Scores | None]], heat: str = "") -> "Figure":
+def draw_rows(rows: Sequence[Sequence[Picture | Scores | None]], heat: bool = False) -> "Figure":
     """
     Draws rows of pictures and scores.
 
     Args:
         rows (`Sequence[Sequence[Picture | Scores | None]]`): the cells, the same number in each row; `None` extends
             the cell before it.
-        heat (`str`, *optional*): what the colors of an [`overlay`] mean, for a color bar.
+        heat (`bool`, *optional*, defaults to `False`): whether to add the color bar of an [`overlay`].
     """
     from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
     # Rows are as high as their highest picture and its title
@@ -127,7 +158,7 @@ def draw_rows(rows: Sequence[Sequence[Picture | Scores | None]], heat: str = "")
     aspects = [min(max(aspect, 0.5), 3) for aspect in aspects]
     titles = [max((f"{cell.title}\n".count("\n") for cell in row if cell and cell.title), default=0) for row in rows]
     heights = [CELL * aspect + 0.2 * lines for aspect, lines in zip(aspects, titles)]
-    figure_size = (CELL * len(rows[0]), sum(heights) + 0.15 * len(rows) + 0.7 * bool(heat))
+    figure_size = (CELL * len(rows[0]), sum(heights) + 0.15 * len(rows) + 0.7 * heat)
     figure = Figure(figsize=figure_size, dpi=120, layout="constrained")
     grid = figure.add_gridspec(len(rows), len(rows[0]), height_ratios=heights)
     axes = []
@@ -138,9 +169,13 @@ def draw_rows(rows: Sequence[Sequence[Picture | Scores | None]], heat: str = "")
             axes[-1].set_box_aspect(aspects[number] / (end - start) if isinstance(row[start], Scores) else None)
             row[start].draw(axes[-1])
     if heat:
-        bar = figure.colorbar(ScalarMappable(cmap=HEAT), ax=axes, location="bottom", aspect=50, shrink=0.6, pad=0.02)
-        bar.set_label(heat)
+        colors = ScalarMappable(LogNorm(1, MAX_HEAT), heat_colors())
+        bar = figure.colorbar(colors, ax=axes, location="bottom", aspect=50, shrink=0.6, pad=0.02)
+        ticks = [2**power for power in range(MAX_HEAT.bit_length())]
+        bar.set_ticks(ticks, labels=[f"{tick}x" for tick in ticks], minor=False)
+        bar.minorticks_off()
+        bar.set_label("attention to a place, relative to uniform attention")
     return figure
 
 
-__all__ = ["Picture", "Scores", "display_size", "draw_rows", "overlay"]
+__all__ = ["MAX_HEAT", "Picture", "Scores", "display_size", "draw_attention", "draw_rows", "overlay"]
