@@ -19,7 +19,7 @@ from typing import Any
 
 VARIANTS_FILE = Path(__file__).parents[2] / "conversion" / "variants.json"
 VARIANTS = {variant["name"]: variant for variant in json.loads(VARIANTS_FILE.read_text(encoding="utf-8"))}
-TASKS = ("inference", "training", "memory", "preprocessing", "loading")
+TASKS = ("inference", "training", "memory", "preprocessing", "loading", "pipeline")
 DTYPES = ("float32", "bfloat16")
 MODES = ("eager", "compiled", "reduce-overhead")
 BACKENDS = ("torchvision", "pil")
@@ -64,6 +64,8 @@ def plan(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         choices = (args.batch_sizes, args.dtypes, args.modes, args.attn_implementation)
         if task == "loading":
             choices = ([1], ["float32"], ["eager"], [None])
+        elif task == "pipeline":
+            choices = (args.batch_sizes, args.dtypes, ["eager"], args.attn_implementation)
         elif task == "preprocessing":
             choices = ([PREPROCESSED_IMAGES], ["float32"], BACKENDS, [None])
             image_size = VARIANTS[variant]["preprocessing"]["input"]
