@@ -28,10 +28,6 @@ if TYPE_CHECKING:
     from crossvit import CrossViTConfig, CrossViTForImageClassification
 
 
-# Formats of photos. Pillow opens files of others too, whatever their names: for EPS it starts Ghostscript
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "JPEG2000", "TIFF", "BMP", "GIF", "PPM")
-
-
 def make_parser(groups: Any, description: str, defaults: dict[str, Any]) -> "HfArgumentParser":
     """
     The parser of a command.
@@ -128,7 +124,9 @@ def find_images(folder: Path) -> list[Path]:
     """The image files in a folder and its subfolders, by their suffixes and in order; hidden ones are left out."""
     import PIL.Image
 
-    suffixes = {suffix for suffix, name in PIL.Image.registered_extensions().items() if name in IMAGE_FORMATS}
+    from crossvit.training.data import image_formats
+
+    suffixes = {suffix for suffix, name in PIL.Image.registered_extensions().items() if name in image_formats()}
 
     def is_hidden(path: Path) -> bool:
         return any(part.startswith(".") for part in path.relative_to(folder).parts)
@@ -141,15 +139,15 @@ def open_image(path: str | Path) -> "PIL.Image.Image":
     An image file, upright and in RGB.
 
     Raises:
-        `CommandError`: if it cannot be read or is not of `IMAGE_FORMATS`.
+        `CommandError`: if it cannot be read or is not of the `image_formats`.
     """
     import PIL.Image
     from transformers.image_utils import load_image
 
+    from crossvit.training.data import image_formats
     from crossvit.training.errors import CommandError
 
-    PIL.Image.init()
-    formats = [name for name in IMAGE_FORMATS if name in PIL.Image.OPEN]  # older versions of Pillow lack some
+    formats = image_formats()
     try:
         with PIL.Image.open(path, formats=formats) as image:
             return load_image(image)

@@ -136,7 +136,7 @@ def main() -> None:
     )
     if model_args.lora_rank and trainer.is_fsdp_enabled:
         raise CommandError("--lora_rank: adapters are too small for FSDP; use one of them")
-    train(trainer)
+    train(trainer, images)
     if model_args.lora_rank:
         if args.should_save:  # with the classes and the image size that it is for
             adapter = Path(args.output_dir) / "adapter"

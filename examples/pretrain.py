@@ -175,7 +175,7 @@ def main() -> None:
     config.problem_type = "single_label_classification"  # even where the labels are probabilities
     model = CrossViTForImageClassification(config)
     trainer = make_trainer(model, processor, images, data, augmentation, args, recipe.average_decay or None)
-    train(trainer)
+    train(trainer, images)
     finish(trainer, images, data)
 
 

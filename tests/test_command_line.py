@@ -3,9 +3,10 @@
 import PIL.EpsImagePlugin
 import PIL.Image
 import pytest
-from command_line import IMAGE_FORMATS, find_images, open_image
-from image_folders import image_bytes, write_files
+from command_line import find_images, open_image
+from image_folders import image_bytes, write_files, write_images
 
+from crossvit.training.data import IMAGE_FORMATS, ImageSource, LabelledImages
 from crossvit.training.errors import CommandError
 
 
@@ -42,6 +43,16 @@ def test_ghostscript_is_not_started(no_ghostscript, tmp_path, name):
     write_files(tmp_path, {name: image_bytes(format="EPS")})
     with pytest.raises(CommandError, match=rf"{name}: not an image of the formats JPEG, PNG, .*GIF, PPM$"):
         open_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["poster.eps", "poster.png"])
+def test_ghostscript_is_not_started_for_a_data_set(no_ghostscript, tmp_path, name):
+    write_images(tmp_path)
+    write_files(tmp_path, {f"ant/{name}": image_bytes(format="EPS")})
+    with pytest.raises(
+        CommandError, match=rf"1 of 13 images of 'train' cannot be read: row \d+, .*{name}: cannot ident"
+    ):
+        LabelledImages.load(ImageSource(str(tmp_path))).check_images()
 
 
 def test_unreadable_images_are_named(tmp_path):

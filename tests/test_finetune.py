@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -289,3 +290,25 @@ def test_what_was_found_is_printed_and_where_a_run_goes_on(example, zoo, small_c
     assert "Going on" not in output
     status, output, _ = example("finetune", *arguments, "--num_train_epochs", "2")
     assert status == 0 and f"Going on from {tmp_path / 'out' / 'checkpoint-3'}" in output
+    # A folder of images that was moved is the same
+    (tmp_path / "zoo").rename(tmp_path / "moved")
+    arguments[3] = tmp_path / "moved"
+    status, output, _ = example("finetune", *arguments, "--num_train_epochs", "3")
+    assert status == 0 and "Going on from" in output
+
+
+@pytest.mark.parametrize("change", ["another image", "another label", "another split"])
+def test_run_does_not_go_on_with_other_images(example, zoo, small_config, tmp_path, change):
+    small_config.save_pretrained(tmp_path / "config")
+    arguments = ["--config", tmp_path / "config", "--data", zoo, "--output_dir", tmp_path / "out", *TINY_TRAINING]
+    assert example("finetune", *arguments, "--num_train_epochs", "1")[0] == 0
+    image = sorted((zoo / "validation" / "ant").iterdir())[0]
+    if change == "another image":
+        shutil.copy(image, image.with_name("new.png"))
+    elif change == "another label":
+        image.rename(zoo / "validation" / "bee" / "new.png")
+    else:
+        image.rename(zoo / "train" / "ant" / "new.png")
+    status, _, errors = example("finetune", *arguments, "--num_train_epochs", "2")
+    assert status == 1 and "was trained on other images, labels or splits" in errors.splitlines()[-1]
+    assert not (tmp_path / "out" / "checkpoint-6").exists()

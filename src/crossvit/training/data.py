@@ -14,7 +14,10 @@
 """Image data sets for training and evaluation: loaded, split and decoded by `datasets`, and checked here."""
 
 import glob
+import hashlib
+import io
 import itertools
+import json
 import os
 import warnings
 from collections.abc import Iterable
@@ -23,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import PIL.Image
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from .errors import CommandError
@@ -34,6 +38,9 @@ SPLIT_NAMES = {
     **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
+
+# Formats of photos. Pillow opens files of others too, whatever their names: for EPS it starts Ghostscript
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "JPEG2000", "TIFF", "BMP", "GIF", "PPM")
 
 
 @dataclass
@@ -128,6 +135,22 @@ class LabelledImages:
     @property
     def is_stream(self) -> bool:
         return any(isinstance(split, datasets.IterableDataset) for split in self.splits.values())
+
+    def fingerprint(self) -> str | None:
+        """A hash of the file names and labels of the images in each split; `None` for streams."""
+        if self.is_stream:
+            return None
+        digest = hashlib.sha256()
+        for name, split in self.splits.items():
+            for column in self.image_columns:
+                split = split.cast_column(column, datasets.Image(decode=False))
+            # A column of paths can be read without the bytes of the images, which parquet files hold
+            rows = split.flatten().with_format(None)
+            files = [
+                [os.path.basename(path or "") for path in rows[f"{column}.path"]] for column in self.image_columns
+            ]
+            digest.update(json.dumps([name, files, list(rows["labels"])]).encode())
+        return digest.hexdigest()
 
     def check_labels(self) -> None:
         """Raises a `CommandError` for labels that are not those of a class; a stream is not checked."""
@@ -379,7 +402,10 @@ def inspect_image(image: dict[str, Any] | None, is_mask: bool) -> dict[str, Any]
     if image is None:
         return {"problem": "without an image", "transparent": False}
     problem, transparent = "", False
+    content = image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
     try:
+        with PIL.Image.open(content, formats=image_formats()):  # reads only the header
+            pass
         decoded = datasets.Image().decode_example(image)
     except Exception as error:  # formats raise errors of many types
         problem = str(error)
@@ -392,6 +418,12 @@ def inspect_image(image: dict[str, Any] | None, is_mask: bool) -> dict[str, Any]
         elif is_mask and 0 < brightest < 128:
             problem = f"the brightest pixel of the mask is {brightest} of 255; objects must be white"
     return {"problem": problem and f"{image['path'] or 'an image'}: {problem}", "transparent": transparent}
+
+
+def image_formats() -> list[str]:
+    """Those of `IMAGE_FORMATS` that the installed Pillow has."""
+    PIL.Image.init()
+    return [name for name in IMAGE_FORMATS if name in PIL.Image.OPEN]
 
 
 def some(names: Iterable[str], limit: int = 5) -> str:

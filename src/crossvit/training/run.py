@@ -130,9 +130,24 @@ def transformed(split: Any, transform: Any) -> Any:
     return split.map(transform, batched=True, batch_size=32, remove_columns=split.column_names)
 
 
-def train(trainer: CrossViTTrainer) -> None:
-    """Trains, or resumes from the last usable checkpoint in the output folder."""
+def train(trainer: CrossViTTrainer, images: LabelledImages) -> None:
+    """
+    Trains, or resumes from the last usable checkpoint in the output folder.
+
+    Raises:
+        `CommandError`: if the images have changed since that checkpoint. Images that it was trained on could now be
+            among those of the validation.
+    """
     checkpoint = last_usable_checkpoint(trainer.args.output_dir)
+    fingerprint, record = images.fingerprint(), Path(trainer.args.output_dir) / "data_fingerprint.txt"
+    if checkpoint and fingerprint and record.is_file() and record.read_text(encoding="utf-8") != fingerprint:
+        raise CommandError(
+            f"{checkpoint} was trained on other images, labels or splits than those of --data now: restore them, or"
+            " choose another --output_dir"
+        )
+    if not checkpoint and fingerprint and trainer.args.should_save:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(fingerprint, encoding="utf-8")
     if checkpoint and trainer.args.should_log:
         print(f"Going on from {checkpoint}", flush=True)
     trainer.train(resume_from_checkpoint=checkpoint)
