@@ -15,7 +15,7 @@
 
     pip install -e ".[app]"
     python examples/app.py                                         # published weights
-    python examples/app.py --model outputs/quickstart              # or another folder or model of the Hub
+    python examples/app.py --model outputs/photos                  # or another folder or model of the Hub
     python examples/app.py --model my-crossvit --space my-space    # writes a folder that is a Space of the Hub
 
 Images are decoded in memory. Uploaded files are deleted after one to two minutes, what is kept of an image after

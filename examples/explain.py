@@ -14,7 +14,7 @@
 """Draws the predictions of a CrossViT for an image, and what its class tokens attend to in each stage.
 
     python examples/explain.py photo.jpg                              # with published weights
-    python examples/explain.py photo.jpg --model outputs/quickstart   # or another folder or model of the Hub
+    python examples/explain.py photo.jpg --model outputs/photos       # or another folder or model of the Hub
     python examples/explain.py photo.jpg mask.png --model folder      # with an image of its own for each branch
 
 Self-attention maps are those of the last layer of each branch in each stage. All are averaged over the heads;
