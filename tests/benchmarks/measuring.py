@@ -32,7 +32,7 @@ Step = Callable[[], Any]
 CONTENDERS = ("ours", "timm", "wrapper")
 COMPILE_MODES = {"compiled": "default", "reduce-overhead": "reduce-overhead"}
 IMAGE_PROCESSORS: dict[str, Any] = {"torchvision": CrossViTImageProcessor, "pil": CrossViTImageProcessorPil}
-PIPELINE_IMAGES = 64
+PIPELINE_IMAGES = 16
 MIN_ROUNDS = 3
 MIN_TURN_SECONDS = 0.05  # Shorter steps are repeated
 # Of the difference from timm, relative to timm's largest value. On a CPU logits differed by up to 9.3e-7 in float32
