@@ -179,7 +179,9 @@ def test_the_command_reports_the_overlap(finetune, photos, options):
     folder = finetune("--mask_column", "mask", "--mask_weight", "2", "--num_train_epochs", "2", *options, data=photos)
     results = json.loads((folder / "validation_results.json").read_text())
     logged = history(folder, "eval_iou")
-    assert 0 < results["eval_iou"] < 1 and max(logged) >= results["eval_iou"] >= min(logged)
+    assert 0 < results["eval_iou"] < 1
+    # Merging adapters rounds: 1.5e-8 were measured
+    assert min(logged) - 1e-6 <= results["eval_iou"] <= max(logged) + 1e-6
     assert results["eval_accuracy"] >= 0 and (folder / "validation_confusion.png").is_file()
     assert all(weight.isfinite().all() for weight in load_file(folder / "model.safetensors").values())
 
