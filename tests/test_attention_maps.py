@@ -226,15 +226,16 @@ def test_attention_to_a_white_spot_is_drawn_on_the_image_of_the_branch(small_con
 
 
 def test_images_of_the_branches_are_turned_upright(model, tmp_path):
-    turned = make_image(50, 44)
+    turned = [make_image(60, 41), make_image(50, 44)]
     exif = PIL.Image.Exif()
     exif[0x0112] = 6  # orientation: to be turned by 90 degrees clockwise
-    turned.save(tmp_path / "turned.png", exif=exif)
-    images = (make_image(60, 41), turned.transpose(PIL.Image.Transpose.ROTATE_270))
-    maps = AttentionMaps(model, make_processor(), (images[0], str(tmp_path / "turned.png")))
-    assert [image.size for image in maps.images] == [(60, 41), (44, 50)]
-    assert [crop.image_size for crop in maps.crops] == [(41, 60), (50, 44)]
-    expected = AttentionMaps(model, make_processor(), images).rollout()
+    for branch, image in enumerate(turned):
+        image.save(tmp_path / f"{branch}.png", exif=exif)
+    maps = AttentionMaps(model, make_processor(), (PIL.Image.open(tmp_path / "0.png"), str(tmp_path / "1.png")))
+    assert [image.size for image in maps.images] == [(41, 60), (44, 50)]
+    assert [crop.image_size for crop in maps.crops] == [(60, 41), (50, 44)]
+    upright = [image.transpose(PIL.Image.Transpose.ROTATE_270) for image in turned]
+    expected = AttentionMaps(model, make_processor(), upright).rollout()
     for branch in (0, 1):
         assert np.array_equal(maps.rollout().on_image(branch=branch), expected.on_image(branch=branch))
 

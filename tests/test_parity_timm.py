@@ -175,7 +175,7 @@ def test_initialization_equals_timm_in_distribution(multi_conv):
         if expected.std() == 0:  # norms, biases
             torch.testing.assert_close(weight, expected)
         else:
-            # Two samples of one distribution: of 200 tensors, one p-value in a million is no accident
+            # Two samples of one distribution: of 200 tensors, a p-value below one in a million is not an accident
             assert ks_2samp(weight.flatten()[:20_000], expected.flatten()[:20_000]).pvalue > 1e-6, name
 
 

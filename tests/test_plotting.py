@@ -44,3 +44,6 @@ def test_peak_is_a_multiple_of_uniform_attention():
     uniform = AttentionMap({0: 0.9}, {0: np.full((4, 4), 0.1 / 16)}, {0: crop})
     picture, peak = draw_attention(image, uniform)
     assert peak == "max 1.0x" and picture.getextrema() == ((255, 255),) * 3
+    only_class_token = AttentionMap({0: 1.0}, {0: np.zeros((4, 4))}, {0: crop})
+    picture, peak = draw_attention(image, only_class_token)
+    assert peak == "max 0.0x" and picture.getextrema() == ((255, 255),) * 3

@@ -160,7 +160,8 @@ class AttentionMap:
             )
         patches = [self.patches[index].astype(np.float64) for index in branches]
         if relative:
-            uniform = np.sum([shares.sum() for shares in patches])
+            # Not zero where a head attends only to class tokens
+            uniform = max(sum(shares.sum() for shares in patches), np.finfo(np.float64).tiny)
         else:
             height, width = image_size or crop.image_size
             uniform = np.prod(crop.size) * height * width / np.prod(crop.image_size)
