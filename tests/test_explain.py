@@ -68,8 +68,9 @@ def test_three_branches_and_a_branch_without_layers(example, tmp_path):
     assert status == 0 and (tmp_path / "explained.pdf").read_bytes().startswith(b"%PDF"), errors
 
 
-def test_user_errors_end_with_one_line(example, small_config, tmp_path):
+def test_user_errors_end_with_one_line(example, small_config, tmp_path, capsys):
     checkpoint = save_checkpoint(small_config, tmp_path / "checkpoint")
+    capsys.readouterr()  # the progress of saving it
     (tmp_path / "text.png").write_text("not an image")
     PIL.Image.new("RGB", (50, 40)).save(tmp_path / "image.png")
     for arguments, message in (
