@@ -51,6 +51,7 @@ def main() -> None:
         parser.error("--batch_size must be at least 1")
 
     # After the options, as these imports take seconds
+    from torch.utils.data import IterableDataset
     from tqdm import tqdm
     from transformers import pipeline
     from transformers.utils import logging
@@ -62,18 +63,19 @@ def main() -> None:
     files = dict.fromkeys(file for path in args.paths for file in (find_images(path) if path.is_dir() else [path]))
     readable: list[Path] = []  # grows as the pipeline reads
 
-    def read_images() -> Iterator["PIL.Image.Image"]:
-        for file in tqdm(files, "images"):
-            try:
-                image = open_image(file)
-            except CommandError as error:
-                tqdm.write(f"left out {error}", file=sys.stderr)
-            else:
-                readable.append(file)
-                yield image
+    class Images(IterableDataset["PIL.Image.Image"]):  # a generator is read as a whole by transformers 5.10
+        def __iter__(self) -> Iterator["PIL.Image.Image"]:
+            for file in tqdm(files, "images"):
+                try:
+                    image = open_image(file)
+                except CommandError as error:
+                    tqdm.write(f"left out {error}", file=sys.stderr)
+                else:
+                    readable.append(file)
+                    yield image
 
     classifier: Any = pipeline("image-classification", model=model, image_processor=processor, top_k=TOP)
-    predictions = classifier(read_images(), batch_size=args.batch_size)
+    predictions = classifier(Images(), batch_size=args.batch_size)
     if args.output is None:
         for scores, file in zip(predictions, readable):
             tqdm.write("  ".join((str(file), *(f"{entry['label']} {entry['score']:.1%}" for entry in scores))))
