@@ -1,4 +1,4 @@
-"""The notebook of examples/: its cells run in order, on a small model, and its stored outputs are those of a whole run."""
+"""The notebook of examples/: its cells run in order, on a small model, and its outputs are stored."""
 
 import json
 import runpy
@@ -14,7 +14,7 @@ NOTEBOOK = Path(__file__).parents[1] / "examples" / "crossvit.ipynb"
 CODE_CELLS = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
 
 
-def test_stored_outputs_are_of_one_run_and_small():
+def test_stored_outputs_are_of_one_run():
     for cell in CODE_CELLS:
         assert all(output["output_type"] in ("stream", "execute_result") for output in cell["outputs"])
     counts = [cell["execution_count"] for cell in CODE_CELLS]
@@ -24,14 +24,8 @@ def test_stored_outputs_are_of_one_run_and_small():
 
 @pytest.mark.slow
 def test_cells_run(tmp_path, monkeypatch, capsys):
-    config = CrossViTConfig(
-        image_size=(24, 20),
-        patch_size=(6, 10),
-        embed_dim=(24, 32),
-        num_heads=(2, 4),
-        depth=((1, 1, 0),),
-        num_labels=10,
-    )
+    sizes: dict[str, Any] = {"image_size": (24, 20), "patch_size": (6, 10), "embed_dim": (24, 32), "num_heads": (2, 4)}
+    config = CrossViTConfig(**sizes, depth=((1, 1, 0),), num_labels=10)
     CrossViTForImageClassification(config).save_pretrained(tmp_path / "small")
     size = {"height": 24, "width": 24}
     CrossViTImageProcessor(size={"shortest_edge": 24}, crop_size=size).save_pretrained(tmp_path / "small")
