@@ -1,24 +1,42 @@
-"""The README's and the docstrings' examples run, in the order in which a reader meets them."""
+"""What the pages and docstrings say works: code runs, the options in commands exist, and links lead somewhere."""
 
 import doctest
 import inspect
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import pytest
 import timm
+import torch
 from reference_files import timm_repository
 
 import crossvit
+from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
+from crossvit.interpretability import AttentionMaps, attention_iou, attention_rollout, draw_attention
 
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+FOLDERS = ("", "conversion", "examples", "tests", "tests/benchmarks")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text() for folder in FOLDERS for path in (ROOT / folder).glob("*.md")
+}
+NOTEBOOK = json.loads((ROOT / "examples" / "crossvit.ipynb").read_text())
+NOTEBOOK_TEXT = "\n".join("".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "markdown")
+SCRIPTS = [path for folder in ("conversion", "examples") for path in (ROOT / folder).glob("*.py")]
+SCRIPT_IN_COMMAND = re.compile(r"((?:conversion|examples|tests/benchmarks|tests/transformers_common)/\w+\.py)(.*)")
+OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], flags=re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
@@ -32,13 +50,13 @@ def checkout(tmp_path) -> Path:
 
 
 def test_readme_examples_run(hub, checkout, tmp_path):
-    model = timm.create_model("crossvit_15_dagger_240")
-    hub.add_repository("timm/crossvit_15_dagger_240.in1k", timm_repository(model))
-    PIL.Image.effect_noise((300, 260), 90).convert("RGB").save(checkout / "image.jpg")
-    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), flags=re.DOTALL | re.MULTILINE)
-    assert len(blocks) >= 5
     script = tmp_path / "readme.py"
-    script.write_text("\n".join(blocks))
+    script.write_text("\n".join(blocks("README.md", "python")))
+    names = set(re.findall(r"timm/(crossvit_\w+)\.in1k", script.read_text()))
+    assert names
+    for name in names:
+        hub.add_repository(f"timm/{name}.in1k", timm_repository(timm.create_model(name)))
+    PIL.Image.effect_noise((300, 260), 90).convert("RGB").save(checkout / "image.jpg")
     process = subprocess.run(
         [sys.executable, script],
         cwd=checkout,
@@ -47,16 +65,118 @@ def test_readme_examples_run(hub, checkout, tmp_path):
         text=True,
     )
     assert process.returncode == 0, process.stderr
-    assert process.stdout.splitlines()[0] in crossvit.CrossViTConfig.from_pretrained(checkout / "my-crossvit").label2id
-    assert (checkout / "with-code" / "modeling_crossvit.py").is_file()
     status = ["git", "-C", checkout, "status", "--porcelain"]
     untracked = subprocess.run(status, capture_output=True, text=True, check=True).stdout.split("\n")
     assert untracked == ["?? .gitignore", "?? image.jpg", ""]  # nothing that the examples have written
 
 
+@pytest.fixture
+def names_from_the_text(tmp_path, monkeypatch) -> dict[str, object]:
+    """What the text around the code introduces: the quickstart's model in its folder, two images, a batch."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    config = CrossViTConfig(
+        image_size=(24, 20),
+        patch_size=(6, 10),
+        embed_dim=(24, 32),
+        num_heads=(2, 4),
+        depth=((1, 1, 0),),
+        id2label={digit: str(digit) for digit in range(10)},
+        label2id={str(digit): digit for digit in range(10)},
+    )
+    model = CrossViTForImageClassification(config)
+    processor = CrossViTImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
+    model.save_pretrained("outputs/quickstart")
+    processor.save_pretrained("outputs/quickstart")
+    photo, depth_image = (PIL.Image.fromarray(np.full((30, 30, 3), value, np.uint8)) for value in (50, 200))
+    return {
+        "AttentionMaps": AttentionMaps,
+        "attention_iou": attention_iou,
+        "attention_rollout": attention_rollout,
+        "depth_image": depth_image,
+        "draw_attention": draw_attention,
+        "labels": torch.tensor([3, 7]),
+        "masks": torch.rand(2, 24, 24),
+        "model": model,
+        "photo": photo,
+        "pixel_values": torch.randn(2, 3, 24, 24),
+        "processor": processor,
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", sorted(set(PAGES) - {"README.md"}))
+def test_examples_of_other_pages_run(page, names_from_the_text):
+    for block in blocks(page, "python"):
+        names = dict(names_from_the_text)
+        exec(compile(block, f"{page}: {block[:60]}", "exec"), names)
+        for name in [name for name in names if name.startswith("test_")]:
+            names[name]()
+
+
+def commands(text: str) -> list[tuple[str, list[str]]]:
+    """The scripts of this repository in commands, in code blocks and in lines of text, with their options."""
+    code = re.findall(r"^```bash\n(.*?)^```|`([^`\n]+)`|^ {4}(python .*)$", text, flags=re.DOTALL | re.MULTILINE)
+    lines = "\n".join("".join(groups) for groups in code).replace("\\\n", " ").splitlines()
+    matches = [match for line in lines if (match := SCRIPT_IN_COMMAND.search(line))]
+    return [(match[1], OPTION.findall(match[2].partition(" #")[0])) for match in matches]
+
+
+@pytest.fixture(scope="module")
+def options_of() -> Callable[[str], set[str]]:
+    """The options in the help of a script."""
+    known: dict[str, set[str]] = {}
+
+    def read_help(script: str) -> set[str]:
+        if script not in known:
+            command = [sys.executable, ROOT / script, "--help"]
+            known[script] = set(
+                OPTION.findall(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+            )
+        return known[script]
+
+    return read_help
+
+
+@pytest.mark.slow
+def test_commands_have_scripts_and_options_that_exist(options_of):
+    texts = PAGES | {path.relative_to(ROOT).as_posix(): path.read_text() for path in SCRIPTS}
+    texts["examples/crossvit.ipynb"] = NOTEBOOK_TEXT
+    documented = [(page, *command) for page, text in texts.items() for command in commands(text)]
+    assert len(documented) > 40
+    for page, script, options in documented:
+        assert (ROOT / script).is_file(), f"{page}: there is no {script}"
+        unknown = set(options) - options_of(script) if options else None
+        assert not unknown, f"{page}: {script} has no options {unknown}"
+
+
+def test_every_script_is_documented():
+    scripts = {path.name for path in SCRIPTS if path.parent.name == "examples"} - {"command_line.py"}
+    headings = re.findall(r"^## (\w+\.py)$", PAGES["examples/README.md"], flags=re.MULTILINE)
+    assert set(headings) == scripts
+
+
+def anchors(text: str) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, "examples/crossvit.ipynb"])
+def test_relative_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```", "", PAGES.get(page, NOTEBOOK_TEXT), flags=re.DOTALL | re.MULTILINE)
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|srcset|href)="([^"]+)"', text)
+    for target in targets:
+        if re.match(r"https?:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), f"{page}: there is no {target}"
+        assert not anchor or anchor in anchors(file.read_text()), f"{page}: {file.name} has no heading #{anchor}"
+
+
 def test_what_documented_commands_write_is_ignored(checkout):
-    texts = [README.read_text(), (ROOT / "conversion" / "README.md").read_text()]
-    texts += [script.read_text() for folder in ("examples", "conversion") for script in (ROOT / folder).glob("*.py")]
+    texts = [*PAGES.values(), *(script.read_text() for script in SCRIPTS)]
     options = r"(?:--output_dir|--output|--space) ([a-z][\w./-]*)"
     arguments = r"python conversion/convert_\w+\.py \S+ \"?([a-z][\w./-]*)"
     paths = {path for text in texts for pattern in (options, arguments) for path in re.findall(pattern, text)}
