@@ -58,18 +58,18 @@ def load_images(args: argparse.Namespace, config: Any, processor: Any) -> tuple[
     import torch
     from tqdm import tqdm
 
+    from crossvit.training.augmentation import EvaluationTransform
     from crossvit.training.data import ImageSource, LabelledImages
 
-    loaded = LabelledImages.load(ImageSource(args.data))
+    loaded = LabelledImages.load(ImageSource(args.data, image_columns=args.image_columns))
     # With the default seed of finetune.py: a model that it trained on the same folder has not seen the held-out images
     splits = loaded.for_training(args.validation_fraction, seed=42).splits
 
     def load(split: str, count: int) -> tuple[torch.Tensor, list[Any]]:
         images = splits[split].shuffle(seed=0).select(range(min(count, len(splits[split]))))
-        (column,) = loaded.image_columns
-        rows = tqdm(images, f"{split} images", leave=False)
-        pixel_values = torch.cat([processor(row[column], return_tensors="pt")["pixel_values"] for row in rows])
-        return pixel_values, images["labels"]
+        rows = images.with_transform(EvaluationTransform(processor, loaded.image_columns))
+        pixel_values = [row["pixel_values"] for row in tqdm(rows, f"{split} images", leave=False)]
+        return torch.stack(pixel_values), images["labels"]
 
     calibration, _ = load("train", args.calibration_images)
     test, indices = load("validation", args.test_images)
@@ -98,7 +98,7 @@ def save_program(name: str, model: Any, calibration: torch.Tensor, folder: Path)
     from transformers import exporters
 
     samples = [{"pixel_values": image[None]} for image in calibration]
-    sample: dict[str, Any] = {"pixel_values": calibration[:1].repeat(2, 1, 1, 1)}
+    sample: dict[str, Any] = {"pixel_values": calibration[:1].repeat_interleave(2, dim=0)}
     shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1)}}
     config: Any
     match name.removesuffix("-int8"):
@@ -232,6 +232,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", required=True, help="folder of images, or data set on the Hub, as for finetune.py")
+    add("--image_columns", nargs="+", help="one for all branches or one for each; default: the only one")
     add("--model", default="timm/crossvit_15_dagger_240.in1k", help="folder or Hub id; default: %(default)s")
     add("--output_dir", type=Path, default=Path("outputs/export"), help="new or empty; default: %(default)s")
     add("--formats", nargs="+", choices=FORMATS, default=FORMATS, help="default: all")
@@ -278,7 +279,7 @@ def main() -> None:
         if not difference <= tolerance:  # also for NaN
             raise ValueError(f"its logits differ by {difference:.2g} from those of the model, more than {tolerance}")
         accuracy = (logits.argmax(-1) == labels).float().mean().item()
-        times = [milliseconds(program, test[:1].repeat(size, 1, 1, 1), args.seconds) for size in BATCH_SIZES]
+        times = [milliseconds(program, test[:1].repeat_interleave(size, dim=0), args.seconds) for size in BATCH_SIZES]
         row = {"format": name, "megabytes": megabytes, "largest_difference": difference, measured: accuracy}
         rows.append(row | {"milliseconds": dict(zip(BATCH_SIZES, times))})
         columns = "".join(f"{time:14.2f}" for time in times)

@@ -127,14 +127,10 @@ def test_program_has_the_logits_of_the_model_for_batches_of_any_size(
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["torch", "onnx"])
-def test_exporters_take_an_image_for_each_branch(checkpoint, tmp_path, name):
+def test_program_takes_an_image_for_each_branch(checkpoint, tmp_path, name):
     require_packages(name)
     model = CrossViTForImageClassification.from_pretrained(checkpoint).eval()
-    config_class = {"torch": exporters.DynamoConfig, "onnx": exporters.OnnxConfig}[name]
-    shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1)}}
-    config = config_class(dynamic=True, dynamic_shapes=shapes)
-    exporter = exporters.AutoHfExporter.from_config(config)
-    exporter.export(model, {"pixel_values": torch.randn(2, 2, 3, 36, 36)}, config).save_pretrained(tmp_path / name)
+    COMMAND["save_program"](name, model, torch.randn(3, 2, 3, 36, 36), tmp_path / name)
     program = COMMAND["load_program"](name, tmp_path / name)
     for batch_size in (1, 3):
         pixel_values = torch.randn(batch_size, 2, 3, 36, 36)
@@ -156,7 +152,8 @@ def test_accuracy_is_that_of_the_held_out_images_by_the_names_of_their_classes(e
 
 
 def test_plain_folder_is_divided_as_for_finetuning(checkpoint, zoo):
-    args = Namespace(data=str(zoo / "train"), validation_fraction=0.25, calibration_images=300, test_images=1000)
+    args = Namespace(data=str(zoo / "train"), image_columns=None, validation_fraction=0.25)
+    args.calibration_images, args.test_images = 300, 1000
     processor = CrossViTImageProcessor.from_pretrained(checkpoint)
     config = CrossViTConfig.from_pretrained(checkpoint)
     calibration, test, labels = COMMAND["load_images"](args, config, processor)
