@@ -98,6 +98,12 @@ def test_a_checkpoint_of_timm(finetune, tmp_path):
     assert torch.equal(load_file(folder / "model.safetensors")["crossvit.embeddings.0.cls_token"], model.cls_token_0)
 
 
+def test_bfloat16_needs_no_other_option_without_a_gpu(example, zoo, checkpoint, tmp_path):
+    options = ["--data", zoo, "--output_dir", tmp_path / "tuned", "--bf16", "--max_steps", "1"]
+    status, _, errors = example("finetune", "--model", checkpoint, *options)
+    assert status == 0, errors
+
+
 def test_heads_that_know_the_classes_are_kept(finetune, checkpoint):
     first = finetune("--num_train_epochs", "1", start=("--model", checkpoint))
     second = finetune("--learning_rate", "0", "--weight_decay", "0", output="second", start=("--model", first))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 from transformers import TrainingArguments, set_seed
 
 from .augmentation import AugmentationArguments, Collator, EvaluationTransform, TrainingTransform
@@ -39,6 +40,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "report_to": ["tensorboard"],
     "remove_unused_columns": False,  # the transforms need the images
     "label_names": ["labels"],
+    "use_cpu": not torch.accelerator.is_available(),  # otherwise --bf16 is refused there
 }
 
 
