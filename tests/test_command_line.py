@@ -55,6 +55,14 @@ def test_ghostscript_is_not_started_for_a_data_set(no_ghostscript, tmp_path, nam
         LabelledImages.load(ImageSource(str(tmp_path))).check_images()
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_ghostscript_is_not_started_where_images_are_not_checked(no_ghostscript, tmp_path, streaming):
+    write_files(tmp_path, {f"{name}/poster.png": image_bytes(format="EPS") for name in ("ant", "bee")})
+    rows = LabelledImages.load(ImageSource(str(tmp_path), streaming=streaming)).splits["train"]
+    with pytest.raises(PIL.UnidentifiedImageError):
+        next(iter(rows))
+
+
 def test_unreadable_images_are_named(tmp_path):
     content = image_bytes(size=(64, 64), color=(1, 2, 3), format="JPEG")
     write_files(tmp_path, {"cut.jpg": content[: len(content) // 2], "text.jpg": b"text", "empty.jpg": b""})

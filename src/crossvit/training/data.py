@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 import PIL.Image
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
@@ -79,6 +80,18 @@ class DataArguments(ImageSource):
     check_images: bool = field(
         default=True, metadata={"help": "Decode each image before the training to find the damaged ones."}
     )
+
+
+class PhotoColumn(datasets.Image):
+    """A column of images of the [`image_formats`]; `datasets.Image` opens files of all formats that Pillow has."""
+
+    def decode_example(self, value: dict[str, Any], token_per_repo_id: Any = None) -> PIL.Image.Image:
+        content = value["bytes"]
+        if content is None:
+            with fsspec.open(value["path"], "rb") as file:  # of a stream, it may be on the Hub
+                content = file.read()
+        with PIL.Image.open(io.BytesIO(content), formats=image_formats()):  # reads only the header
+            return super().decode_example({**value, "bytes": content}, token_per_repo_id)
 
 
 @dataclass
@@ -342,7 +355,7 @@ def select_columns(
                 " name the columns with --image_columns and --label_column"
             )
         for column in columns:
-            split = split.cast_column(column, datasets.Image(mode="RGB"))
+            split = split.cast_column(column, PhotoColumn(mode="RGB"))
         split = split.select_columns([*columns, label_column])
         # After the casts: renaming a column of a stream decodes its images
         splits[name] = split if label_column == "labels" else split.rename_column(label_column, "labels")
@@ -402,11 +415,8 @@ def inspect_image(image: dict[str, Any] | None, is_mask: bool) -> dict[str, Any]
     if image is None:
         return {"problem": "without an image", "transparent": False}
     problem, transparent = "", False
-    content = image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
     try:
-        with PIL.Image.open(content, formats=image_formats()):  # reads only the header
-            pass
-        decoded = datasets.Image().decode_example(image)
+        decoded = PhotoColumn().decode_example(image)
     except Exception as error:  # formats raise errors of many types
         problem = str(error)
     else:
