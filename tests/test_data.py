@@ -8,6 +8,7 @@ from collections import Counter
 
 import datasets
 import numpy as np
+import PIL.features
 import PIL.Image
 import pytest
 from image_folders import CLASSES, encoded, image_bytes, image_rows, write_files, write_images, write_pairs
@@ -81,6 +82,14 @@ def test_file_names_make_no_splits(source, name):
 def test_names_of_folders_are_not_patterns(tmp_path):
     write_images(tmp_path / "photos [1]*", classes=["ant [2]", "bee?"])
     assert load(tmp_path / "photos [1]*").class_names == ["ant [2]", "bee?"]
+
+
+@pytest.mark.skipif(not PIL.features.check("avif"), reason="a version of Pillow without this format")
+@pytest.mark.parametrize("streaming", [False, True])
+def test_avif_images_are_read(source, streaming):
+    files = {f"{name}/{number}.avif": image_bytes(format="AVIF") for name in CLASSES for number in range(3)}
+    write_images(write_files(source, files), images=1)
+    assert len(list(load(source, streaming=streaming).splits["train"])) == 12
 
 
 def test_a_class_may_be_called_like_a_split(source):

@@ -82,6 +82,12 @@ class DataArguments(ImageSource):
     )
 
 
+class PhotoFolder(ImageFolder):
+    """A folder of images, which may be AVIF; `ImageFolder` leaves these out."""
+
+    EXTENSIONS = [*ImageFolder.EXTENSIONS, ".avif"]
+
+
 class PhotoColumn(datasets.Image):
     """A column of images of the [`image_formats`]; `datasets.Image` opens files of all formats that Pillow has."""
 
@@ -282,13 +288,17 @@ def load_splits(source: ImageSource) -> dict[str, Any]:
 
 def load_image_folder(folder: Path, streaming: bool) -> dict[str, Any]:
     """
-    Loads a folder with "imagefolder". Only top-level folders make splits: from a file name such as `unit-test.png`,
+    Loads a folder of images. Only top-level folders make splits: from a file name such as `unit-test.png`,
     `datasets` would infer a split "test" and drop all other images.
     """
     on_disk = find_images(folder)
     patterns = {name: f"{glob.escape(str(path))}/**" for name, path in split_folders(folder).items()}
-    splits = datasets.load_dataset("imagefolder", data_files=patterns, streaming=streaming)
-    if not streaming:
+    builder = PhotoFolder(data_files=patterns)
+    if streaming:
+        splits = builder.as_streaming_dataset()
+    else:
+        builder.download_and_prepare()
+        splits = builder.as_dataset()
         found = set()
         for split in splits.values():
             for column in columns_of_images(split.features):
@@ -311,7 +321,7 @@ def find_images(folder: Path) -> set[str]:
     for path, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
         found = [
-            name for name in files if not name.startswith(".") and Path(name).suffix.lower() in ImageFolder.EXTENSIONS
+            name for name in files if not name.startswith(".") and Path(name).suffix.lower() in PhotoFolder.EXTENSIONS
         ]
         if not found and not folders:
             raise CommandError(f"{path}: a folder without images; remove it, or put images into it")
