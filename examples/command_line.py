@@ -17,7 +17,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 
 # These are imported where they are needed: a typo in an option then costs little time
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from transformers import HfArgumentParser
 
     from crossvit import CrossViTConfig, CrossViTForImageClassification
+
+
+PUBLISHED = "timm/crossvit_15_dagger_240.in1k"  # the weights that commands use by default
 
 
 def make_parser(groups: Any, description: str, defaults: dict[str, Any]) -> "HfArgumentParser":
@@ -76,9 +79,14 @@ def load_checkpoint(name: str, dtype: Any = None, **options) -> tuple["CrossViTF
     Raises:
         `CommandError`: if it cannot be loaded.
     """
+    import huggingface_hub.utils
+    from transformers.utils.logging import disable_progress_bar
+
     from crossvit import CrossViTForImageClassification, CrossViTImageProcessor
     from crossvit.training.errors import CommandError
 
+    disable_progress_bar()  # loading takes a moment
+    huggingface_hub.utils.enable_progress_bars()  # a download takes longer
     try:
         config = read_config(name, **options)
         model = CrossViTForImageClassification.from_pretrained(name, config=config, dtype=dtype or "auto")
@@ -134,12 +142,12 @@ def find_images(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and not is_hidden(path))
 
 
-def open_image(path: str | Path) -> "PIL.Image.Image":
+def open_image(file: str | Path | BinaryIO, name: str | None = None) -> "PIL.Image.Image":
     """
     An image file, upright and in RGB.
 
     Raises:
-        `CommandError`: if it cannot be read or is not of the `image_formats`.
+        `CommandError`: if it cannot be read or is not of the `image_formats`; with its `name`, by default the path.
     """
     import PIL.Image
     from transformers.image_utils import load_image
@@ -149,12 +157,12 @@ def open_image(path: str | Path) -> "PIL.Image.Image":
 
     formats = image_formats()
     try:
-        with PIL.Image.open(path, formats=formats) as image:
+        with PIL.Image.open(file, formats=formats) as image:
             return load_image(image)
     except PIL.UnidentifiedImageError as error:
-        raise CommandError(f"{path}: not an image of the formats {', '.join(formats)}") from error
+        raise CommandError(f"{name or file}: not an image of the formats {', '.join(formats)}") from error
     except Exception as error:  # of many types, by format
-        raise CommandError(f"{path}: cannot be read as an image ({reason(error)})") from error
+        raise CommandError(f"{name or file}: cannot be read as an image ({reason(error)})") from error
 
 
 def reason(error: Exception) -> str:
@@ -174,15 +182,3 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         sys.exit(130)
-
-
-__all__ = [
-    "find_images",
-    "load_checkpoint",
-    "load_config",
-    "make_parser",
-    "open_image",
-    "parse",
-    "reason",
-    "run",
-]
