@@ -34,7 +34,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import load_checkpoint, run
+from command_line import PUBLISHED, load_checkpoint, open_image, run
 
 
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ if TYPE_CHECKING:
 
 SCRIPT = Path(__file__)
 MODEL_OF_SPACE = SCRIPT.with_name("model")
-DEFAULT_MODEL = str(MODEL_OF_SPACE) if MODEL_OF_SPACE.is_dir() else "timm/crossvit_15_dagger_240.in1k"
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow opens others by programs such as Ghostscript
+DEFAULT_MODEL = str(MODEL_OF_SPACE) if MODEL_OF_SPACE.is_dir() else PUBLISHED
 MAX_PIXELS = 50_000_000  # of an upload; a small file can hold many
 CONCURRENT_VISITORS, WAITING_VISITORS = 4, 50
 # What is kept for visitors until later ones come, or for this time. With crossvit_15 it was 0.2 MB for each
@@ -70,12 +69,14 @@ The folder `crossvit` holds CrossViT for Transformers, which is under the Apache
 holds the model, under the license above. The paper: [arXiv:2103.14899](https://arxiv.org/abs/2103.14899).
 """
 STYLE = """
+.html-container { padding: 0 !important; }
 .maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem; }
 .maps figure { margin: 0; }
 .maps img { width: 100%; }
-.maps figcaption, .bar figcaption, .example { text-align: center; }
+.maps figcaption, .bar figcaption, .example { text-align: center; text-wrap: balance; }
 .bar img { display: block; margin: 1rem auto 0; height: 1rem; width: 20rem; }
 .example img { display: block; margin: auto; height: 5rem; }
+.example figcaption { font-size: small; }
 """
 
 
@@ -128,9 +129,8 @@ def color_bar() -> str:
     from crossvit.interpretability.plotting import MAX_HEAT
 
     colors = overlay(PIL.Image.new("L", (1, 1), 255), np.geomspace(1, MAX_HEAT, 256)[None])
-    return figure(
-        encode(colors), f"attention: from 1x uniform attention, on the left, to {MAX_HEAT}x, on the right", "bar"
-    )
+    caption = f"from 1x uniform attention or less, where the image stays as it is, to {MAX_HEAT}x"
+    return figure(encode(colors), caption, "bar")
 
 
 class Explainer:
@@ -143,32 +143,20 @@ class Explainer:
         self.model, self.processor, self.max_megabytes = model.eval(), processor, max_megabytes
         self.pipeline = ImageClassificationPipeline(model=model, image_processor=processor)
 
-    def open(self, upload: bytes) -> "PIL.Image.Image":
-        import PIL.Image
-        from transformers.image_utils import load_image
-
-        if len(upload) > self.max_megabytes * 1e6:
-            raise ValueError(f"The file is larger than {self.max_megabytes:g} MB.")
-        try:
-            return load_image(PIL.Image.open(io.BytesIO(upload), formats=FORMATS))
-        except PIL.UnidentifiedImageError as error:
-            raise ValueError(f"The file is not an image of the formats {', '.join(FORMATS)}.") from error
-        except Exception as error:  # of many types, by format
-            raise ValueError(f"The file cannot be read as an image: {error}") from error
-
     def explain(self, upload: bytes | None, stage: int, head: int) -> tuple[dict | None, Explanation | None, str, str]:
         """Of an uploaded file: the scores of the top labels, the explanation, why it was refused, and its maps."""
         from crossvit.interpretability import AttentionMaps, display_size
 
-        def nothing(notice: str = "") -> tuple[None, None, str, str]:
-            return None, None, notice, self.draw(None, stage, head)
-
         if upload is None:  # The visitor removed the image
-            return nothing()
+            return None, None, "", self.draw(None, stage, head)
         try:
-            maps = AttentionMaps(self.model, self.processor, image := self.open(upload))
+            if len(upload) > self.max_megabytes * 1e6:
+                raise ValueError(f"The file is larger than {self.max_megabytes:g} MB.")
+            image = open_image(io.BytesIO(upload), "the file")
+            maps = AttentionMaps(self.model, self.processor, image)
         except ValueError as error:
-            return nothing(f'<p role="alert"><b>Refused:</b> {html.escape(str(error))}</p>')
+            notice = f'<p role="alert"><b>Refused:</b> {html.escape(str(error))}</p>'
+            return None, None, notice, self.draw(None, stage, head)
         scores = {entry["label"]: entry["score"] for entry in self.pipeline.postprocess(maps.outputs, top_k=5)}
         rollout = compact({"attention rollout\nover all stages": maps.rollout()})
         all_maps = [
@@ -320,12 +308,8 @@ def main() -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, help="folder or Hub id of a CrossViT; default: %(default)s")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     parser.add_argument("--max_megabytes", type=float, default=10, help="of an upload; default: %(default)s")
-    parser.add_argument(
-        "--keep_seconds", type=int, default=60, help="age at which uploads are deleted; default: %(default)s"
-    )
-    parser.add_argument(
-        "--space", type=Path, metavar="FOLDER", help="write a Space there instead of starting the page"
-    )
+    parser.add_argument("--keep_seconds", type=int, default=60, help="age of uploads to delete; default: %(default)s")
+    parser.add_argument("--space", type=Path, metavar="FOLDER", help="write a Space there instead of starting")
     args = parser.parse_args()
     if args.max_megabytes <= 0 or args.keep_seconds < 1:
         parser.error("--max_megabytes must be positive and --keep_seconds at least 1")
@@ -333,9 +317,7 @@ def main() -> None:
     # After the options, as these imports take seconds
     import PIL.Image
     from huggingface_hub import SpaceCard
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     PIL.Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses images of more than twice as many
     model, processor = load_checkpoint(args.model)
     name = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model
