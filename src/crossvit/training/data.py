@@ -91,7 +91,7 @@ class PhotoFolder(ImageFolder):
 class PhotoColumn(datasets.Image):
     """A column of images of the [`image_formats`]; `datasets.Image` opens files of all formats that Pillow has."""
 
-    def decode_example(self, value: dict[str, Any], token_per_repo_id: Any = None) -> PIL.Image.Image:
+    def decode_example(self, value: dict[str, Any], token_per_repo_id: Any = None) -> Any:
         content = value["bytes"]
         if content is None:
             with fsspec.open(value["path"], "rb") as file:  # of a stream, it may be on the Hub
@@ -140,13 +140,13 @@ class LabelledImages:
         for name, split in splits.items():
             if split.features["labels"] != feature:
                 raise CommandError(f"{source.data}: the classes of {name!r} differ from those of the other splits")
-        if not isinstance(feature.feature if multi_label else feature, datasets.ClassLabel):
+        if not isinstance(getattr(feature, "feature", feature), datasets.ClassLabel):
             splits = with_class_labels(source, splits, feature)
             feature = next(iter(splits.values())).features["labels"]
         test = splits.get("test")
         if isinstance(test, datasets.Dataset) and not multi_label and set(test["labels"]) == {-1}:
             del splits["test"]
-        class_names = list((feature.feature if multi_label else feature).names)
+        class_names = list(getattr(feature, "feature", feature).names)
         images = cls(splits, class_names, multi_label, image_columns, mask_column)
         images.check_labels()
         return images
@@ -293,25 +293,24 @@ def load_image_folder(folder: Path, streaming: bool) -> dict[str, Any]:
     """
     on_disk = find_images(folder)
     patterns = {name: f"{glob.escape(str(path))}/**" for name, path in split_folders(folder).items()}
-    builder = PhotoFolder(data_files=patterns)
+    builder = PhotoFolder(dataset_name="photo_folder", data_files=patterns)
     if streaming:
-        splits = builder.as_streaming_dataset()
-    else:
-        builder.download_and_prepare()
-        splits = builder.as_dataset()
-        found = set()
-        for split in splits.values():
-            for column in columns_of_images(split.features):
-                rows = split.cast_column(column, datasets.Image(decode=False))[column]
-                found |= {os.path.normpath(row["path"]) for row in rows if row}
-        if unknown := on_disk - found:
-            raise CommandError(
-                f"{folder}: {len(unknown)} of {len(on_disk)} image files are not in the data set that `datasets` makes"
-                f" of it, such as {some(sorted(unknown))}: put each image into the folder of its class, at the same"
-                " depth, or name it in metadata.jsonl"
-            )
-        if missing := found - on_disk:
-            raise CommandError(f"{folder}: the metadata names files that are not there: {some(sorted(missing))}")
+        return builder.as_streaming_dataset()
+    builder.download_and_prepare()
+    splits = builder.as_dataset()
+    found = set()
+    for split in splits.values():
+        for column in columns_of_images(split.features):
+            rows = split.cast_column(column, datasets.Image(decode=False))[column]
+            found |= {os.path.normpath(row["path"]) for row in rows if row}
+    if unknown := on_disk - found:
+        raise CommandError(
+            f"{folder}: {len(unknown)} of {len(on_disk)} image files are not in the data set that `datasets` makes"
+            f" of it, such as {some(sorted(unknown))}: put each image into the folder of its class, at the same"
+            " depth, or name it in metadata.jsonl"
+        )
+    if missing := found - on_disk:
+        raise CommandError(f"{folder}: the metadata names files that are not there: {some(sorted(missing))}")
     return splits
 
 
@@ -394,7 +393,7 @@ def only_column(source: str, kind: str, features: datasets.Features) -> str:
 def with_class_labels(source: ImageSource, splits: dict[str, Any], feature: Any) -> dict[str, Any]:
     """The splits with classes instead of texts or whole numbers: the values that occur in the first split."""
     multi_label = hasattr(feature, "feature")
-    dtype = str(getattr(feature.feature if multi_label else feature, "dtype", None))
+    dtype = str(getattr(getattr(feature, "feature", feature), "dtype", None))
     if source.streaming or not (dtype in ("string", "large_string", "bool") or "int" in dtype):
         raise CommandError(
             f"{source.data}: labels must be names of classes or whole numbers, those of a stream a ClassLabel column,"
@@ -449,6 +448,3 @@ def image_formats() -> list[str]:
 def some(names: Iterable[str], limit: int = 5) -> str:
     names = list(names)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit:,} more" if len(names) > limit else "")
-
-
-__all__ = ["DataArguments", "ImageSource", "LabelledImages"]
