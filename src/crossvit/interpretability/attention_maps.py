@@ -217,8 +217,8 @@ class AttentionMaps:
                 return_dict=True,
             )
         self._stages = attention_weights_by_stage(self.outputs, self.config)
-        self.images = images if is_per_branch else images * self.config.num_branches
-        self.crops = crops if is_per_branch else crops * self.config.num_branches
+        repeats = 1 if is_per_branch else self.config.num_branches
+        self.images, self.crops = images * repeats, crops * repeats
         height, width = pixel_values.shape[-2:]
         self.grid_sizes = [
             embeddings.get_grid_size(embeddings.get_image_size(height, width, interpolate_pos_encoding))
@@ -352,6 +352,3 @@ def select_head(weights: torch.Tensor, head: int | None) -> np.ndarray:
     """(1, heads, queries, keys) -> (queries, keys) of a head, or the mean of all heads"""
     heads = weights[0] if head is None else select("head", head, weights[0]).unsqueeze(0)
     return heads.cpu().double().mean(dim=0).numpy()
-
-
-__all__ = ["AttentionMap", "AttentionMaps", "CropRegion"]

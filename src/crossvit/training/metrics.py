@@ -130,6 +130,3 @@ def save_confusion_matrix(path: Path, prediction: Any, class_names: list[str]) -
         ax=figure.subplots(),
     )
     figure.savefig(path)
-
-
-__all__ = ["MultiLabelMetric", "SingleLabelMetric", "save_confusion_matrix"]
