@@ -82,16 +82,10 @@ STYLE = """
 
 @dataclasses.dataclass
 class Explanation:
-    """
-    What is kept of an image while its visitor is there.
+    """What is kept of an image while its visitor is there."""
 
-    Args:
-        image (`bytes`): a copy in the size in which it is displayed, encoded.
-        maps (`list[list[dict[str, AttentionMap]]]`): by stage and by head, the mean of all heads first: by title.
-    """
-
-    image: bytes
-    maps: "list[list[dict[str, AttentionMap]]]"
+    image: bytes  # encoded, in the size in which it is displayed
+    maps: "list[list[dict[str, AttentionMap]]]"  # by stage and by head, the mean of all heads first: by title
 
 
 def compact(maps: "dict[str, AttentionMap]") -> "dict[str, AttentionMap]":

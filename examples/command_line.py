@@ -32,14 +32,7 @@ PUBLISHED = "timm/crossvit_15_dagger_240.in1k"  # the weights that commands use 
 
 
 def make_parser(groups: Any, description: str, defaults: dict[str, Any]) -> "HfArgumentParser":
-    """
-    The parser of a command.
-
-    Args:
-        groups (`list[type]`): dataclasses of its options.
-        description (`str`): what it does.
-        defaults (`dict[str, Any]`): of options, where they differ from those of the dataclasses.
-    """
+    """The parser of a command: the options are those of the dataclasses, some with other defaults."""
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser(groups, description=description, usage="%(prog)s [options]\n%(prog)s --help")
@@ -69,15 +62,8 @@ def read_config(name: str, **options) -> "CrossViTConfig":
 
 def load_checkpoint(name: str, dtype: Any = None, **options) -> tuple["CrossViTForImageClassification", Any]:
     """
-    A classifier and its image processor.
-
-    Args:
-        name (`str`): folder or repository on the Hub, of this package or of timm.
-        dtype (`torch.dtype`, *optional*): of the weights; as saved by default.
-        options (`dict[str, Any]`, *optional*): of the configuration.
-
-    Raises:
-        `CommandError`: if it cannot be loaded.
+    A classifier, from a folder or the Hub, of this package or of timm, and its image processor. The weights have the
+    type that they were saved in, or `dtype`; `options` are of the configuration. Raises a `CommandError`.
     """
     import huggingface_hub.utils
     from transformers.utils.logging import disable_progress_bar
@@ -97,15 +83,8 @@ def load_checkpoint(name: str, dtype: Any = None, **options) -> tuple["CrossViTF
 
 def load_config(name: str, **options) -> tuple["CrossViTConfig", Any]:
     """
-    The configuration of a model to train from scratch, and its image processor: the one beside it, or else one of its
-    size as in the paper.
-
-    Args:
-        name (`str`): folder, file or repository on the Hub.
-        options (`dict[str, Any]`, *optional*): of the configuration.
-
-    Raises:
-        `CommandError`: if it is not a configuration of a CrossViT for RGB images.
+    The configuration of a model to train from scratch, from a folder, a file or the Hub, and its image processor: the
+    one beside it, or else one of its size as in the paper. Raises a `CommandError`.
     """
     from crossvit import CrossViTImageProcessor
     from crossvit.training.errors import CommandError
@@ -144,10 +123,8 @@ def find_images(folder: Path) -> list[Path]:
 
 def open_image(file: str | Path | BinaryIO, name: str | None = None) -> "PIL.Image.Image":
     """
-    An image file, upright and in RGB.
-
-    Raises:
-        `CommandError`: if it cannot be read or is not of the `image_formats`; with its `name`, by default the path.
+    An image file of the `image_formats`, upright and in RGB. Raises a `CommandError` with its `name`, by default the
+    path.
     """
     import PIL.Image
     from transformers.image_utils import load_image
