@@ -181,7 +181,7 @@ from transformers import AutoConfig, AutoImageProcessor
 
 processor = AutoImageProcessor.from_pretrained("{folder}")
 id2label = AutoConfig.from_pretrained("{folder}").id2label
-pixel_values = processor(Image.open("image.png").convert("RGB"), return_tensors="pt")["pixel_values"]
+pixel_values = processor({images}, return_tensors="pt")["pixel_values"]
 ```
 """
 SECTION = """
@@ -292,7 +292,9 @@ def main() -> None:
     results |= {"programs": rows, "not_exported": failed}
     (args.output_dir / "export.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
     if exported := [name for name in args.formats if name not in failed]:
-        guide = GUIDE.format(table="\n".join(lines), folder=exported[0])
+        images = ", ".join(f'Image.open("{name}.png").convert("RGB")' for name in args.image_columns or ["image"])
+        images = f"[({images})]" if test.ndim == 5 else images
+        guide = GUIDE.format(table="\n".join(lines), folder=exported[0], images=images)
         for name in exported:
             guide += SECTION.format(name=name, usage=USAGE[name.removesuffix("-int8")].format(folder=name))
         (args.output_dir / "README.md").write_text(guide, encoding="utf-8")
