@@ -114,11 +114,8 @@ def find_images(folder: Path) -> list[Path]:
     from crossvit.training.data import image_formats
 
     suffixes = {suffix for suffix, name in PIL.Image.registered_extensions().items() if name in image_formats()}
-
-    def is_hidden(path: Path) -> bool:
-        return any(part.startswith(".") for part in path.relative_to(folder).parts)
-
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and not is_hidden(path))
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+    return sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 def open_image(file: str | Path | BinaryIO, name: str | None = None) -> "PIL.Image.Image":
