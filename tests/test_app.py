@@ -141,7 +141,7 @@ def test_page_shows_labels_and_maps_and_refuses_other_files(serve, browser, chec
     # The image, the rollout, self-attention and cross-attention of two branches
     assert len(first) == len(set(first)) == 6
     captions = page.locator("#maps figcaption").all_inner_texts()
-    assert captions[0] == "your image" and "1x uniform attention" in captions[-1]
+    assert captions[0] == "your image" and "1x uniform attention or less, where the image stays" in captions[-1]
     assert re.fullmatch(r"attention rollout over all stages, max \d+\.\dx", captions[1])
     assert re.fullmatch(r"branch 0 \(6x6 patches\) self-attention, max \d+\.\dx", captions[2])
     labels = page.locator("#labels").inner_text()
@@ -207,6 +207,8 @@ def test_page_names_its_model_and_has_examples(serve, browser, checkpoint, image
     address, _ = serve(EXAMPLES / "app.py", "--model", checkpoint)
     page = open_page(browser, address)
     assert page.locator("#model").inner_text().startswith("Model: checkpoint. It has 5 classes, such as: class <0>;")
+    texts = ("h1", "#model .prose", "#notice .prose", "#maps .prose")
+    assert len({page.locator(text).bounding_box()["x"] for text in texts}) == 1  # none is indented
     examples = page.locator(".example img")
     assert examples.count() == 2
     upload(page, images[0])
