@@ -226,16 +226,19 @@ def make_page(explainer: Explainer, name: str, keep_seconds: int) -> "gr.Blocks"
             scores = gr.Label(num_top_classes=5, label="Top 5", elem_id="labels")
         maps = gr.HTML(explainer.draw(None, stages, 0), elem_id="maps")
 
-        limits: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": CONCURRENT_VISITORS}
+        events: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": CONCURRENT_VISITORS}
+        # By default Gradio ignores an event, such as an upload, while another one, such as the removal of the image
+        # before or of a slider that moves on, is not finished
+        events["trigger_mode"] = "always_last"
         explained = [scores, explanation, notice, maps]
-        gr.on([upload.upload, upload.clear], explainer.explain, [upload, stage, head], explained, **limits)
+        gr.on([upload.upload, upload.clear], explainer.explain, [upload, stage, head], explained, **events)
         for button, content in examples.items():
             button.click(
                 functools.partial(explainer.explain, content),
                 [stage, head],
                 explained,
                 api_visibility="private",
-                **limits,
+                **events,
             ).then(lambda: None, outputs=upload, api_visibility="private")
         gr.on(
             [stage.change, head.change],
@@ -243,8 +246,7 @@ def make_page(explainer: Explainer, name: str, keep_seconds: int) -> "gr.Blocks"
             [explanation, stage, head],
             maps,
             show_progress="hidden",
-            trigger_mode="always_last",  # Of a slider that moves on while its maps are drawn
-            **limits,
+            **events,
         )
     return page
 
