@@ -260,3 +260,12 @@ def output_size(processor: Any) -> tuple[int, int]:
     if not size.get("height") or not size.get("width"):
         raise ValueError(f"The image processor must make images of one size, got {size}: set `do_center_crop`.")
     return size["height"], size["width"]
+
+
+__all__ = [
+    "AugmentationArguments",
+    "Collator",
+    "EvaluationTransform",
+    "RepeatedAugmentationSampler",
+    "TrainingTransform",
+]

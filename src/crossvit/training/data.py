@@ -448,3 +448,6 @@ def image_formats() -> list[str]:
 def some(names: Iterable[str], limit: int = 5) -> str:
     names = list(names)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit:,} more" if len(names) > limit else "")
+
+
+__all__ = ["DataArguments", "ImageSource", "LabelledImages"]

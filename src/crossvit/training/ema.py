@@ -62,3 +62,6 @@ class ExponentialMovingAverage:
         finally:
             with torch.no_grad():
                 torch._foreach_copy_(self.parameters, weights)
+
+
+__all__ = ["ExponentialMovingAverage"]

@@ -16,3 +16,6 @@
 
 class CommandError(ValueError):
     """A mistake in the options or data of a command, with one line that names it and the remedy."""
+
+
+__all__ = ["CommandError"]

@@ -110,3 +110,6 @@ class GuidedAttentionTrainer(CrossViTTrainer):
         output = super().evaluation_loop(*args, **kwargs)
         predictions: Any = output.predictions
         return output._replace(predictions=predictions[0])
+
+
+__all__ = ["GuidanceArguments", "GuidedAttentionTrainer"]

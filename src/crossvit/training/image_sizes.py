@@ -58,3 +58,6 @@ def set_image_size(model: Any, processor: Any, height: int, width: int) -> None:
     model.resize_position_embeddings(sizes)
     edge, crop = processor.size.get("shortest_edge"), processor.crop_size["height"]
     set_processor_size(processor, sizes[0], *((edge, crop) if edge and processor.do_center_crop else (1, 1)))
+
+
+__all__ = ["make_image_processor", "set_image_size"]

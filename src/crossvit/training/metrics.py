@@ -130,3 +130,6 @@ def save_confusion_matrix(path: Path, prediction: Any, class_names: list[str]) -
         ax=figure.subplots(),
     )
     figure.savefig(path)
+
+
+__all__ = ["MultiLabelMetric", "SingleLabelMetric", "save_confusion_matrix"]

@@ -281,3 +281,6 @@ def find_base_model(config: CrossViTConfig) -> str:
 def base_model(model: Any) -> Any:
     """The model without the adapters of PEFT."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+__all__ = ["CrossViTTrainer", "last_usable_checkpoint"]
