@@ -54,7 +54,8 @@ def test_wrong_logits_are_not_timed(monkeypatch):
 
 def test_interrupted_run_keeps_what_it_measured(monkeypatch, tmp_path, capsys):
     # The second round was disturbed: the ratio compares the contenders within each round
-    measured = {"values": {"ours": [1.0, 30.0, 1.0], "timm": [2.0, 20.0, 2.0]}, "difference": 0.0}
+    values = {"ours": [1.0, 30.0, 1.0], "timm": [2.0, 20.0, 2.0]}
+    measured = {"values": values, "difference": 0.0, "first_calls": {"ours": 3.0, "timm": 4.0}}
     outcomes = iter([measured, RuntimeError("out of memory"), KeyboardInterrupt()])
 
     def measure(cell, seconds):
@@ -69,5 +70,5 @@ def test_interrupted_run_keeps_what_it_measured(monkeypatch, tmp_path, capsys):
     assert "interrupted" in capsys.readouterr().err.splitlines()[-1]
     assert len(json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))["cells"]) == 2
     *_, first, second = (tmp_path / "benchmark.md").read_text(encoding="utf-8").splitlines()
-    assert first.endswith("| 1,000.0 ms | 2,000.0 ms |  | 0.50 (0.50-1.00) |  |")
+    assert first.endswith("| 1,000.0 ms | 2,000.0 ms |  | 0.50 (0.50-1.00) |  | 3.0 s, 4.0 s |")
     assert "failed: RuntimeError: out of memory" in second
