@@ -15,7 +15,7 @@
 
     python examples/explain.py photo.jpg                              # with published weights
     python examples/explain.py photo.jpg --model outputs/photos       # or another folder or model of the Hub
-    python examples/explain.py photo.jpg mask.png --model folder      # with an image of its own for each branch
+    python examples/explain.py photo.jpg mask.png --model folder      # with a separate image for each branch
 
 Self-attention maps are those of the last layer of each branch in each stage. All are averaged over the heads;
 `AttentionMaps` gives access to every layer and head. With an image for each branch, every map is drawn on the image

@@ -19,7 +19,7 @@ maps.self_attention(branch=0)                    # of the class token in the las
 maps.cross_attention(branch=1, stage=0, head=2)  # of the class token of branch 1 to the patches of branch 0
 maps.rollout().on_image()                        # (height, width) of the image
 
-maps = AttentionMaps(model, image_processor, (photo, mask))  # an image of its own for each branch
+maps = AttentionMaps(model, image_processor, (photo, mask))  # a separate image for each branch
 maps.rollout().on_image(branch=1)                            # (height, width) of the mask
 ```
 """
@@ -171,7 +171,7 @@ class AttentionMap:
 
 class AttentionMaps:
     """
-    The attention of a model for one image, or for an image of its own for each branch. The model runs once, with eager
+    The attention of a model for one image, or for a separate image for each branch. The model runs once, with eager
     attention and without dropout, since other attention implementations do not return weights; afterwards its settings
     are restored. Threads may share a model that was loaded with `attn_implementation="eager"` and is in evaluation
     mode.

@@ -383,7 +383,7 @@ def only_column(source: str, kind: str, features: datasets.Features) -> str:
         columns = [name for name, feature in classes.items() if isinstance(feature, datasets.ClassLabel)]
     columns = columns if len(columns) == 1 else [name for name in (kind, f"{kind}s") if name in features]
     if len(columns) != 1:
-        remedy = "name it with --label_column, or put the images of each class, two or more, in a folder of its own"
+        remedy = "name it with --label_column, or put the images of each class, two or more, into a separate folder"
         if kind == "image":
             remedy = "name one with --image_columns, or one for each branch"
         raise CommandError(f"{source}: which column has the {kind}s? It has {', '.join(features)}; {remedy}")
