@@ -157,6 +157,7 @@ def test_resized_model_saves_and_loads(model, image_size, tmp_path):
     before = copy.deepcopy(model)
     model.resize_position_embeddings(image_size)
     assert model.config.image_size == model.crossvit.config.image_size == image_size
+    assert all(positions.requires_grad for positions in model.get_position_embeddings())
     sizes = model.config.image_sizes
     pixel_values = torch.randn(2, 3, *sizes[0])
     logits = model(pixel_values).logits

@@ -16,7 +16,7 @@ from timm.layers import DropPath
 from timm.models.crossvit import MultiScaleBlock
 from timm_reference import our_state_dict, perturb, timm_of_config, timm_variant
 
-from crossvit import CrossViTBackbone, CrossViTConfig, CrossViTForImageClassification, CrossViTModel
+from crossvit import CrossViTBackbone, CrossViTConfig, CrossViTForImageClassification
 from crossvit.modeling_crossvit import CrossViTDropPath
 
 
@@ -110,7 +110,9 @@ def test_gradients_in_train_mode_equal_timm(multi_conv, shape):
 
 
 def test_dropouts_and_drop_paths_equal_timm_draw_by_draw():
-    config = CrossViTConfig(depth=((1, 2, 0), (1, 2, 2)), drop_path_rate=0.5, num_labels=10)
+    config = CrossViTConfig(
+        embed_dim=(96, 192), depth=((1, 2, 0), (1, 2, 2)), num_heads=(3, 3), drop_path_rate=0.5, num_labels=10
+    )
     reference = timm_of_config(config, pos_drop_rate=0.1, proj_drop_rate=0.1, attn_drop_rate=0.2).train()
     for module in reference.modules():
         if hasattr(module, "fused_attn"):
@@ -253,13 +255,12 @@ def test_three_branches_equal_timm_stage_by_stage():
 @torch.no_grad()
 @pytest.mark.parametrize("shape", [(3, 240, 240), *IMAGE_FOR_EACH_BRANCH])
 def test_feature_maps_and_features_equal_timm(shape):
-    config = CrossViTConfig(depth=((1, 2, 0), (1, 1, 0)), num_labels=0)
+    config = CrossViTConfig(embed_dim=(96, 192), depth=((1, 2, 0), (1, 1, 0)), num_heads=(3, 3), num_labels=0)
     reference = timm_of_config(config)
-    weights = our_state_dict(reference)
     backbone = CrossViTBackbone(
         CrossViTConfig(**{**config.to_diff_dict(), "out_features": ["stage1_0", "stage1_1", "stage2_0", "stage2_1"]})
     ).eval()
-    backbone.load_state_dict(weights)
+    backbone.load_state_dict(our_state_dict(reference))
     pixel_values = torch.randn(2, *shape)
     _, expected = reference.forward_intermediates(pixel_values)
     feature_maps = backbone(pixel_values, interpolate_pos_encoding=False).feature_maps
@@ -268,12 +269,9 @@ def test_feature_maps_and_features_equal_timm(shape):
         torch.testing.assert_close(feature_map, expected_map, atol=1e-4, rtol=1e-5)
 
     # Without classes timm returns the class tokens
-    model = CrossViTForImageClassification(config).eval()
-    model.load_state_dict(weights)
-    base_model = CrossViTModel(config).eval()
-    base_model.load_state_dict({name.removeprefix("crossvit."): weight for name, weight in weights.items()})
-    expected_features = reference(pixel_values)
+    model = with_weights_of(config, reference)
+    outputs, expected_features = model.crossvit(pixel_values), reference(pixel_values)
     torch.testing.assert_close(model(pixel_values).logits, expected_features, atol=1e-5, rtol=0)
-    torch.testing.assert_close(base_model(pixel_values).pooler_output, expected_features, atol=1e-5, rtol=0)
+    torch.testing.assert_close(outputs.pooler_output, expected_features, atol=1e-5, rtol=0)
     expected_tokens = reference.forward_features(pixel_values)[-1]
-    torch.testing.assert_close(base_model(pixel_values).last_hidden_state, expected_tokens, atol=1e-5, rtol=0)
+    torch.testing.assert_close(outputs.last_hidden_state, expected_tokens, atol=1e-5, rtol=0)
