@@ -150,12 +150,16 @@ def test_pytorch_bin(tmp_path):
     assert_equal_logits(CrossViTForImageClassification.from_pretrained(tmp_path), reference)
 
 
-def test_options_of_from_pretrained(timm_folder):
-    load = CrossViTForImageClassification.from_pretrained
-    assert load(timm_folder, dtype=torch.bfloat16).dtype == torch.bfloat16
-    assert load(timm_folder, device_map="cpu").device.type == "cpu"
-    tuned = load(timm_folder, num_labels=7, ignore_mismatched_sizes=True)
-    assert tuned.classifier.heads[1].out_features == 7 and len(tuned.config.id2label) == 7
+def test_heads_for_other_classes_in_another_type(timm_folder):
+    model = CrossViTForImageClassification.from_pretrained(
+        timm_folder, num_labels=7, ignore_mismatched_sizes=True, dtype=torch.bfloat16
+    )
+    assert model.classifier.heads[1].out_features == len(model.config.id2label) == 7
+    assert model.dtype == torch.bfloat16
+    # Only the heads are new
+    for name, weight in source_weights(timm_folder).items():
+        if not name.startswith("classifier."):
+            assert torch.equal(model.state_dict()[name], weight.bfloat16()), name
 
 
 def test_auto_classes_keep_the_timm_wrapper_unless_given_our_configuration(timm_folder):
