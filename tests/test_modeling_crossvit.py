@@ -64,20 +64,6 @@ def test_outputs_are_those_of_the_documentation(model, pixel_values):
 
 
 @torch.no_grad()
-def test_attentions_are_those_that_made_the_tokens(model, pixel_values):
-    model.set_attn_implementation("eager")
-    outputs = model(pixel_values, output_hidden_states=True, output_attentions=True)
-    # The first fusion of stage 1 by hand, from the recorded map: the class token of branch 0 attends to branch 1
-    calls, layer = [], model.crossvit.stages[0].fusions[0].layers[0]
-    layer.register_forward_hook(lambda module, args, output: calls.append((args[0], output)))
-    model(pixel_values)
-    ((tokens, result),) = calls
-    values = layer.attention.v_proj(layer.layernorm(tokens)).unflatten(2, (4, 8)).transpose(1, 2)
-    attended = (outputs.cross_attentions[0] @ values).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(result, tokens[:, :1] + layer.attention.o_proj(attended))
-
-
-@torch.no_grad()
 def test_tuples_instead_of_outputs(model, pixel_values):
     expected = model(pixel_values)
     logits, branch_logits = model(pixel_values, return_dict=False)
@@ -357,7 +343,6 @@ def test_sdpa_can_use_fused_kernels(model, pixel_values):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 5e-2), (torch.float16, 5e-3)])
 def test_half_precision_is_close(model, pixel_values, dtype, tolerance):
     # Logits are up to 2; 1.2e-2 and 2e-3 were measured
-    expected = model(pixel_values).logits
     half = copy.deepcopy(model).to(dtype)
     for size in ((36, 36), (50, 30)):
         pixel_values = torch.nn.functional.interpolate(pixel_values, size)
