@@ -38,7 +38,7 @@ def test_published_weights_in_one_line_online_and_offline(hub, tmp_path, image):
     code = f"""
         import sys
         sys.modules["timm"] = None  # as if it were not installed
-        import huggingface_hub.constants, PIL.Image, torch
+        import huggingface_hub.constants, PIL.Image, torch, transformers.utils.hub
         from crossvit import CrossViTForImageClassification, CrossViTImageProcessorPil
 
         def load_and_run(file, **options):
@@ -51,6 +51,7 @@ def test_published_weights_in_one_line_online_and_offline(hub, tmp_path, image):
         load_and_run("old.pt", revision="{repository.hashes[0]}")
         load_and_run("main.pt")
         huggingface_hub.constants.HF_HUB_OFFLINE = True
+        assert transformers.utils.hub.is_offline_mode()
         load_and_run("offline.pt")
         """
     run_python(code, tmp_path, **hub.environment)
