@@ -3,7 +3,7 @@
 import multiprocessing
 
 import pytest
-from examples_in_process import TINY_TRAINING, run_killed
+from examples_in_process import run_killed
 from test_finetune import same_weights
 
 
@@ -21,12 +21,9 @@ def context():
 
 
 @pytest.fixture
-def train(context, zoo, small_config, tmp_path):
-    small_config.save_pretrained(tmp_path / "config")
-
+def train(context, finetune_options):
     def run(output, event, *options) -> int:
-        arguments = ["--config", str(tmp_path / "config"), "--data", str(zoo), *TINY_TRAINING, *OPTIONS, *options]
-        arguments += ["--output_dir", str(tmp_path / output)]
+        arguments = map(str, finetune_options(*OPTIONS, *options, output=output))
         process = context.Process(target=run_killed, args=(event, "finetune", *arguments))
         process.start()
         process.join()

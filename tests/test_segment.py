@@ -80,8 +80,7 @@ def test_masks_are_those_of_the_shapes():
 
 
 def test_a_short_training_leaves_a_model_and_a_picture(example, tmp_path):
-    status, output, errors = example("segment", "--images", 32, "--epochs", 1, "--output", tmp_path / "shapes")
-    assert status == 0, errors
+    output, _ = example("segment", "--images", 32, "--epochs", 1, "--output", tmp_path / "shapes")
     assert re.search(r"Mean IoU on 200 other images: 0\.\d+", output)
     assert {"config.json", "model.safetensors", "metrics.json", "segment.png"} <= set(os.listdir(tmp_path / "shapes"))
 
