@@ -174,40 +174,31 @@ def test_labels_of_several_classes_become_rows():
     assert Collator(3, multi_label=True)(rows)["labels"].tolist() == [[1, 0, 1], [0, 0, 0], [0, 1, 0]]
 
 
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 3, 8, 8)], ids=["one image", "an image for each branch"])
 @pytest.mark.parametrize("name", ["mixup_alpha", "cutmix_alpha"])
-def test_images_are_mixed_as_their_labels(name):
-    """Each image has one value: the mean of a mixed one says how much of which image it has."""
-    args = AugmentationArguments(**{name: 1.0})
-    collator = Collator(4, mixup=args.mixup(4))
-    rows = [{"pixel_values": torch.full((3, 8, 8), float(label)), "labels": label} for label in range(4)]
+def test_images_are_mixed_as_their_labels(name, shape):
+    """Every pixel of an image is its label, so that the mean of a mixed one is that of its labels."""
+    collator = Collator(4, mixup=AugmentationArguments(**{name: 1.0}).mixup(4))
+    rows = [{"pixel_values": torch.full(shape, float(label)), "labels": label} for label in range(4)]
     mixed = 0
     for _ in range(8):
         batch = collator(rows)
-        torch.testing.assert_close(batch["labels"].sum(dim=1), torch.ones(4))
-        expected = batch["labels"] @ torch.arange(4.0)
-        torch.testing.assert_close(batch["pixel_values"].mean(dim=(1, 2, 3)), expected)
-        mixed += (batch["labels"] > 0).sum() > 4
+        pixel_values, labels = batch["pixel_values"], batch["labels"]
+        assert pixel_values.shape == (4, *shape)
+        torch.testing.assert_close(labels.sum(dim=1), torch.ones(4))
+        torch.testing.assert_close(pixel_values.flatten(1).mean(dim=1), labels @ torch.arange(4.0))
+        # All images of a row are mixed alike, in a rectangle of pixels, not of channels
+        channels = pixel_values.flatten(1, -3)
+        assert torch.equal(channels, channels[:, :1].expand_as(channels))
+        mixed += (labels > 0).sum() > 4
     assert mixed >= 4
     # timm mixes pairs
     odd = collator(rows[:3])
     assert odd["labels"].tolist() == torch.eye(4)[:3].tolist() and odd["pixel_values"][2].eq(2).all()
+
+
+def test_images_are_not_mixed_by_default():
     assert AugmentationArguments().mixup(4) is None
-
-
-def test_all_images_of_a_row_are_mixed_in_the_same_rectangle():
-    """Every pixel of an image is its label, so that the mean of a mixed one is that of its labels."""
-    collator = Collator(4, mixup=AugmentationArguments(cutmix_alpha=1.0).mixup(4))
-    rows = [{"pixel_values": torch.full((2, 3, 16, 16), float(label)), "labels": label} for label in range(4)]
-    mixed = 0
-    for _ in range(8):
-        batch = collator(rows)
-        first, second = batch["pixel_values"].unbind(dim=1)
-        assert batch["pixel_values"].shape == (4, 2, 3, 16, 16) and torch.equal(first, second)
-        # A rectangle of pixels, not of channels
-        assert torch.equal(first, first[:, :1].expand_as(first))
-        torch.testing.assert_close(first.mean(dim=(1, 2, 3)), batch["labels"] @ torch.arange(4.0))
-        mixed += (batch["labels"] > 0).sum() > 4
-    assert mixed >= 4
 
 
 @pytest.mark.parametrize("length, repeats, batch_size", [(24, 3, 4), (25, 3, 4), (10, 2, 16)])
