@@ -6,7 +6,6 @@ import re
 import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -49,22 +48,15 @@ def images(tmp_path) -> list[Path]:
     return files
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
 @pytest.fixture
 def serve(tmp_path):
     """Starts the page and returns its address and process."""
     processes = []
 
     def start(script: Path, *arguments) -> tuple[str, subprocess.Popen]:
-        port = free_port()
         (tmp_path / "uploads").mkdir(exist_ok=True)
         process = subprocess.Popen(
-            [sys.executable, script, "--port", str(port), *map(str, arguments)],
+            [sys.executable, script, *map(str, arguments)],
             cwd=tmp_path,
             env={**os.environ, "HF_HUB_OFFLINE": "1", "GRADIO_TEMP_DIR": str(tmp_path / "uploads")},
             stdout=subprocess.PIPE,
@@ -73,8 +65,8 @@ def serve(tmp_path):
         )
         processes.append(process)
         for line in process.stdout:
-            if "Running on local URL" in line:
-                return f"http://127.0.0.1:{port}", process
+            if found := re.search(r"Running on local URL:\s*(\S+)", line):
+                return found[1], process
         raise AssertionError("the page did not start")
 
     yield start

@@ -141,26 +141,20 @@ def test_random_policies_are_refused_with_several_images_or_masks():
         AugmentationArguments(auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4)
 
 
-def test_several_images_and_masks_are_evaluated_by_the_processor():
-    photos, scans = [noise(), noise((30, 40))], [noise((25, 20)), noise((40, 30))]
+@pytest.mark.parametrize("columns", [["photo"], ["photo", "scan"]], ids=len)
+def test_images_and_masks_are_evaluated_by_the_processor(columns):
+    rows = {"photo": [noise(), noise((30, 40))], "scan": [noise((25, 20)), noise((40, 30))], "labels": [1, 2]}
     # A mask of the left quarter of each photo, of another size and shape: the processor crops as of the photo
-    masks = [PIL.Image.new("1", (60, 40)), PIL.Image.new("1", (60, 60))]
-    for mask in masks:
+    rows["mask"] = [PIL.Image.new("1", (60, 40)), PIL.Image.new("1", (60, 60))]
+    for mask in rows["mask"]:
         mask.paste(1, (0, 0, 15, 60))
-    transform = EvaluationTransform(processor_of(), ["photo", "scan"], "mask")
-    found = transform({"photo": photos, "scan": scans, "mask": masks, "labels": [1, 2]})
-    for images, pixel_values in zip(zip(photos, scans), found["pixel_values"]):
-        assert torch.equal(pixel_values, processor_of()(list(images), return_tensors="pt")["pixel_values"])
+    found = EvaluationTransform(processor_of(), columns, "mask")(rows)
+    images = rows["photo"] if columns == ["photo"] else list(zip(rows["photo"], rows["scan"]))
+    expected = processor_of()(images, return_tensors="pt")["pixel_values"]
+    assert torch.equal(torch.stack(found["pixel_values"]), expected) and found["labels"] == [1, 2]
     for mask in found["mask"]:
         assert mask.shape == (16, 16) and mask[:, :2].eq(1).all() and mask[:, 6:].eq(0).all()
         assert mask.min() == 0 and mask.max() == 1
-
-
-def test_evaluation_is_that_of_the_processor():
-    images = [noise(), noise((30, 40))]
-    found = EvaluationTransform(processor_of())({"image": images, "labels": [1, 2]})
-    expected = processor_of()(images, return_tensors="pt")["pixel_values"]
-    assert torch.equal(torch.stack(found["pixel_values"]), expected) and found["labels"] == [1, 2]
 
 
 def test_a_processor_of_no_fixed_size_is_refused():

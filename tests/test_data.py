@@ -234,6 +234,19 @@ def test_a_test_split_without_labels_is_left_out(source):
     assert load(source).splits.keys() == {"train"}
 
 
+def test_fingerprints_are_those_of_the_images_labels_and_splits(source):
+    write_images(source, ["train", "val"])
+    first, image = load(source).fingerprint(), source / "val" / "ant" / "0.png"
+    moved = source.rename(source.with_name("moved"))
+    assert load(moved).fingerprint() == first
+    moved.rename(source)
+    fingerprints = {first}
+    for change in ("val/ant/new.png", "val/bee/new.png", "train/bee/new.png"):  # another name, label or split
+        image = image.rename(source / change)
+        fingerprints.add(load(source).fingerprint())
+    assert len(fingerprints) == 4
+
+
 @pytest.mark.parametrize("wrong", [-1, None])
 def test_labels_outside_the_range_are_named(source, wrong):
     save(source, train=image_rows([0, 1, 2, wrong] * 3), validation=image_rows([0, 1]))

@@ -237,16 +237,6 @@ def test_readme_says_how_to_run_each_program(export, checkpoint, zoo, tmp_path, 
     assert capsys.readouterr().out.split() == [names["id2label"][expected.argmax().item()]] * len(formats)
 
 
-def test_missing_package_is_named(refusal, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "transformers.exporters.utils._is_package_available", lambda name, **options: (name == "torch", "9")
-    )
-    error = refusal("--formats", "torch", "openvino")
-    assert error.startswith("export.py: error: openvino was not exported: ") and "openvino" in error.split(": ", 3)[3]
-    results = json.loads((tmp_path / "export" / "export.json").read_text())
-    assert [row["format"] for row in results["programs"]][2:] == ["torch"]
-
-
 def test_what_is_wrong_is_named(refusal, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "missing: no CrossViT" in refusal("--model", "missing")

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 
-import datasets
 import numpy as np
 import PIL.Image
 import pytest
@@ -21,14 +20,9 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 
 from crossvit import CrossViTForImageClassification
 from crossvit.remote_code import AUTO_MAP
-from crossvit.training.data import ImageSource, LabelledImages
 
 
 FROZEN = ["--learning_rate", "0", "--weight_decay", "0"]
-
-
-def option_names(options: list[str]) -> str:
-    return " ".join(options) if isinstance(options, list) else ""
 
 
 def same_weights(folder, other) -> bool:
@@ -91,16 +85,13 @@ def test_heads_for_the_same_classes_are_kept(finetune, checkpoint):
     assert same_weights(first, second)
 
 
-@pytest.mark.parametrize(
-    "text, sizes, crop", [("48", ((48, 48), (40, 40)), (48, 48)), ("48x24", ((48, 24), (40, 24)), (48, 24))]
-)
-def test_other_image_sizes(finetune, checkpoint, text, sizes, crop):
-    folder = finetune("--image_size", text, "--num_train_epochs", "1", model=checkpoint)
-    assert AutoConfig.from_pretrained(folder).image_sizes == sizes
+def test_another_image_size(finetune, checkpoint):
+    folder = finetune("--image_size", "48x24", "--num_train_epochs", "1", model=checkpoint)
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    assert model.config.image_sizes == ((48, 24), (40, 24))
     processor = AutoImageProcessor.from_pretrained(folder)
     pixel_values = processor(PIL.Image.new("RGB", (70, 50)), return_tensors="pt")["pixel_values"]
-    assert pixel_values.shape[2:] == crop
-    AutoModelForImageClassification.from_pretrained(folder)(pixel_values)
+    assert pixel_values.shape[2:] == (48, 24) and model(pixel_values).logits.shape == (1, 3)
 
 
 @pytest.fixture
@@ -111,39 +102,17 @@ def pairs(tmp_path, small_config):
 
 
 def test_an_image_for_each_branch(pairs, finetune, example, failure, tmp_path):
-    found = {}
-    for columns in (["photo", "scan"], ["photo"]):
-        folder = finetune("--image_columns", *columns, "--color_jitter", "0.05", data=pairs, output=columns[-1])
-        found[columns[-1]] = results(folder)
-    # Half of the pairs of each kind of photo have either class. 1.0 and 0.5 were measured
-    assert found["scan"]["eval_accuracy"] >= 0.9 and found["photo"]["eval_accuracy"] <= 0.7
+    folder = finetune("--image_columns", "photo", "scan", "--color_jitter", "0.05", data=pairs)
+    found = results(folder)
+    # Half of the pairs of each kind of photo have either class: 1.0 was measured, 0.5 with the photos only
+    assert found["eval_accuracy"] >= 0.9
 
-    arguments = ["--model", tmp_path / "scan", "--data", pairs, "--cpu", "--output", tmp_path / "results.json"]
+    arguments = ["--model", folder, "--data", pairs, "--cpu", "--output", tmp_path / "results.json"]
     example("evaluate_checkpoint", *arguments, "--image_columns", "photo", "scan")
     measured = json.loads((tmp_path / "results.json").read_text())
-    assert measured["top1"] == found["scan"]["eval_accuracy"] and measured["f1"] == found["scan"]["eval_f1"]
+    assert measured["top1"] == found["eval_accuracy"] and measured["f1"] == found["eval_f1"]
     message = failure("evaluate_checkpoint", *arguments, "--image_columns", "photo", "scan", "photo")
     assert "one for each of its 2 branches, got 3" in message
-
-
-def test_an_image_for_each_branch_from_a_stream(pairs, finetune, tmp_path):
-    images = LabelledImages.load(ImageSource(str(pairs), image_columns=["photo", "scan"]))
-    datasets.DatasetDict(images.splits).save_to_disk(tmp_path / "saved")
-    options = ["--image_columns", "photo", "scan", "--streaming", "--max_steps", "48", "--save_steps", "48"]
-    assert results(finetune(*options, data=tmp_path / "saved"))["eval_accuracy"] >= 0.9
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (["--image_columns", "photo", "scan", "photo"], "--image_columns photo scan photo: the model takes one image"),
-        (["--image_columns", "photo", "scan", "--auto_augment", "rand-m9"], "`auto_augment` rand-m9 moves each image"),
-        (["--image_columns", "photo", "depth"], "has no column depth"),
-    ],
-    ids=option_names,
-)
-def test_wrong_columns_of_images_are_named(pairs, failure, finetune_options, options, message):
-    assert message in failure("finetune", *finetune_options(*options, data=pairs))
 
 
 def test_many_labels(finetune, tmp_path):
@@ -187,19 +156,21 @@ def test_lora_trains_adapters_and_heads_and_leaves_one_model(finetune, checkpoin
         ["--bf16"],
         [f"--{CHECKPOINTING}"],
         ["--gradient_accumulation_steps", "3", "--per_device_train_batch_size", "4"],
-        ["--torch_compile", "--torch_compile_backend", "aot_eager"],
-        ["--average_decay", "0.9", "--num_train_epochs", "10"],
+        ["--average_decay", "0.5"],
         "--mixup_alpha 0.2 --cutmix_alpha 0.2 --label_smoothing_factor 0.1 --num_train_epochs 10".split(),
-        ["--dataloader_num_workers", "2"],
+        ["--dataloader_num_workers", "1"],
         ["--streaming", "--max_steps", "18"],
     ],
     ids=lambda options: options[0].strip("-"),
 )
 def test_options_learn(finetune, options):
-    folder = finetune(*options)
-    assert results(folder)["eval_accuracy"] >= 0.75
+    assert results(finetune(*options))["eval_accuracy"] >= 0.75
+
+
+def test_a_compiled_model_is_saved_under_its_own_names(finetune):
+    folder = finetune("--torch_compile", "--torch_compile_backend", "eager", "--num_train_epochs", "1")
     model = CrossViTForImageClassification.from_pretrained(folder)
-    assert not any("_orig_mod" in name for name in load_file(folder / "model.safetensors")) and model.num_labels == 3
+    assert load_file(folder / "model.safetensors").keys() == model.state_dict().keys()
 
 
 def test_validation_images_are_held_out_where_there_are_none_and_test_images_are_kept_for_the_end(finetune, tmp_path):
@@ -237,12 +208,11 @@ def test_push_to_the_hub(hub, finetune_options, tmp_path):
         (["--drop_path_rate", "2"], "`drop_path_rate` must be at least 0 and below 1, got 2.0"),
         (["--lora_rank", "-1"], "--lora_rank -1: must be 0 or more"),
         (["--average_decay", "2"], "between 0 and 1, got 2.0"),
-        (["--crop_scale", "2", "1"], "`crop_scale` must be two shares of an image"),
         (["--confg", "x"], "unrecognized arguments: --confg"),
         (["--streaming"], "--streaming: a stream has no known end"),
-        (["--save_strategy", "steps"], "--load_best_model_at_end requires the save and eval strategy to match"),
+        (["--image_columns", "image", "image", "image"], "--image_columns image image image: the model takes one"),
     ],
-    ids=option_names,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_is_wrong_is_named_before_the_training(failure, finetune_options, tmp_path, options, message):
     assert message in failure("finetune", *finetune_options(*options))
@@ -257,19 +227,17 @@ def test_an_output_among_the_images_is_refused(failure, finetune_options, zoo):
 def test_what_was_found_is_printed_and_where_a_run_goes_on(example, finetune_options, zoo, tmp_path):
     output, _ = example("finetune", *finetune_options("--num_train_epochs", "1"))
     assert "Images: 24 train, 9 validation; 3 classes: ant, bee, cow" in output and "Going on" not in output
-    zoo.rename(tmp_path / "moved")  # a folder of images that was moved is the same
-    output, _ = example("finetune", *finetune_options("--num_train_epochs", "2", data=tmp_path / "moved"))
+    shutil.copytree(tmp_path / "tuned", tmp_path / "first")
+    # The end is reached already, and images that were moved are the same
+    zoo.rename(tmp_path / "moved")
+    output, _ = example("finetune", *finetune_options("--num_train_epochs", "1", data=tmp_path / "moved"))
     assert f"Going on from {tmp_path / 'tuned' / 'checkpoint-3'}" in output
+    assert same_weights(tmp_path / "tuned", tmp_path / "first")
 
 
-@pytest.mark.parametrize("change", ["another image", "another label", "another split"])
-def test_run_does_not_go_on_with_other_images(finetune, finetune_options, failure, zoo, change):
+def test_run_does_not_go_on_with_other_images(finetune, finetune_options, failure, zoo):
     folder = finetune("--num_train_epochs", "1")
-    image = zoo / "validation" / "ant" / "0.png"
-    if change == "another image":
-        shutil.copy(image, image.with_name("new.png"))
-    else:
-        image.rename(zoo / {"another label": "validation/bee", "another split": "train/ant"}[change] / "new.png")
+    (zoo / "validation" / "ant" / "0.png").rename(zoo / "train" / "ant" / "new.png")
     message = failure("finetune", *finetune_options("--num_train_epochs", "2"))
     assert "was trained on other images, labels or splits" in message
     assert not (folder / "checkpoint-6").exists()
