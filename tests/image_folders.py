@@ -43,7 +43,7 @@ def write_rows(folder: Path, files: dict[str, bytes], rows: list[dict[str, Any]]
 def write_images(
     folder: Path, splits: Iterable[str] = (".",), classes: Iterable[str] = CLASSES, images: int = 4
 ) -> Path:
-    """Writes `split/class/0.png` and so on, every image in a color of its own."""
+    """Writes `split/class/0.png` and so on, every image in a different color."""
     return write_files(
         folder,
         {

@@ -1,4 +1,4 @@
-"""Python in a process of its own, where nothing is imported or registered yet."""
+"""Python in a separate process, where nothing is imported or registered yet."""
 
 import os
 import subprocess

@@ -187,7 +187,7 @@ def test_validation_images_are_held_out_where_there_are_none_and_test_images_are
 
 def test_push_to_the_hub(hub, finetune_options, tmp_path):
     options = finetune_options("--num_train_epochs", "1", "--push_to_hub", "--hub_model_id", "tester/zoo")
-    # In a process of its own, as the client reads the address of the Hub when it is imported
+    # In a separate process, as the client reads the address of the Hub when it is imported
     process = subprocess.run(
         [sys.executable, EXAMPLES / "finetune.py", *options],
         env={**os.environ, **hub.environment},

@@ -116,7 +116,7 @@ def test_dropouts_and_drop_paths_equal_timm_draw_by_draw():
     reference = timm_of_config(config, pos_drop_rate=0.1, proj_drop_rate=0.1, attn_drop_rate=0.2).train()
     for module in reference.modules():
         if hasattr(module, "fused_attn"):
-            module.fused_attn = False  # whose dropout draws in an order of its own
+            module.fused_attn = False  # whose dropout draws in another order
     config.hidden_dropout_prob, config.attention_probs_dropout_prob = 0.1, 0.2
     config._attn_implementation = "eager"
     model = with_weights_of(config, reference).train()
