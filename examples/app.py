@@ -34,7 +34,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import load_checkpoint, run
+from command_line import PUBLISHED, load_checkpoint, open_image, run
 
 
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ if TYPE_CHECKING:
 
 SCRIPT = Path(__file__)
 MODEL_OF_SPACE = SCRIPT.with_name("model")
-DEFAULT_MODEL = str(MODEL_OF_SPACE) if MODEL_OF_SPACE.is_dir() else "timm/crossvit_15_dagger_240.in1k"
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow opens others by programs such as Ghostscript
+DEFAULT_MODEL = str(MODEL_OF_SPACE) if MODEL_OF_SPACE.is_dir() else PUBLISHED
 MAX_PIXELS = 50_000_000  # of an upload; a small file can hold many
 CONCURRENT_VISITORS, WAITING_VISITORS = 4, 50
 # What is kept for visitors until later ones come, or for this time. With crossvit_15 it was 0.2 MB for each
@@ -70,27 +69,23 @@ The folder `crossvit` holds CrossViT for Transformers, which is under the Apache
 holds the model, under the license above. The paper: [arXiv:2103.14899](https://arxiv.org/abs/2103.14899).
 """
 STYLE = """
+.html-container { padding: 0 !important; }
 .maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem; }
 .maps figure { margin: 0; }
 .maps img { width: 100%; }
-.maps figcaption, .bar figcaption, .example { text-align: center; }
+.maps figcaption, .bar figcaption, .example { text-align: center; text-wrap: balance; }
 .bar img { display: block; margin: 1rem auto 0; height: 1rem; width: 20rem; }
 .example img { display: block; margin: auto; height: 5rem; }
+.example figcaption { font-size: small; }
 """
 
 
 @dataclasses.dataclass
 class Explanation:
-    """
-    What is kept of an image while its visitor is there.
+    """What is kept of an image while its visitor is there."""
 
-    Args:
-        image (`bytes`): a copy in the size in which it is displayed, encoded.
-        maps (`list[list[dict[str, AttentionMap]]]`): by stage and by head, the mean of all heads first: by title.
-    """
-
-    image: bytes
-    maps: "list[list[dict[str, AttentionMap]]]"
+    image: bytes  # encoded, in the size in which it is displayed
+    maps: "list[list[dict[str, AttentionMap]]]"  # by stage and by head, the mean of all heads first: by title
 
 
 def compact(maps: "dict[str, AttentionMap]") -> "dict[str, AttentionMap]":
@@ -128,9 +123,8 @@ def color_bar() -> str:
     from crossvit.interpretability.plotting import MAX_HEAT
 
     colors = overlay(PIL.Image.new("L", (1, 1), 255), np.geomspace(1, MAX_HEAT, 256)[None])
-    return figure(
-        encode(colors), f"attention: from 1x uniform attention, on the left, to {MAX_HEAT}x, on the right", "bar"
-    )
+    caption = f"from 1x uniform attention or less, where the image stays as it is, to {MAX_HEAT}x"
+    return figure(encode(colors), caption, "bar")
 
 
 class Explainer:
@@ -143,32 +137,20 @@ class Explainer:
         self.model, self.processor, self.max_megabytes = model.eval(), processor, max_megabytes
         self.pipeline = ImageClassificationPipeline(model=model, image_processor=processor)
 
-    def open(self, upload: bytes) -> "PIL.Image.Image":
-        import PIL.Image
-        from transformers.image_utils import load_image
-
-        if len(upload) > self.max_megabytes * 1e6:
-            raise ValueError(f"The file is larger than {self.max_megabytes:g} MB.")
-        try:
-            return load_image(PIL.Image.open(io.BytesIO(upload), formats=FORMATS))
-        except PIL.UnidentifiedImageError as error:
-            raise ValueError(f"The file is not an image of the formats {', '.join(FORMATS)}.") from error
-        except Exception as error:  # of many types, by format
-            raise ValueError(f"The file cannot be read as an image: {error}") from error
-
     def explain(self, upload: bytes | None, stage: int, head: int) -> tuple[dict | None, Explanation | None, str, str]:
         """Of an uploaded file: the scores of the top labels, the explanation, why it was refused, and its maps."""
         from crossvit.interpretability import AttentionMaps, display_size
 
-        def nothing(notice: str = "") -> tuple[None, None, str, str]:
-            return None, None, notice, self.draw(None, stage, head)
-
         if upload is None:  # The visitor removed the image
-            return nothing()
+            return None, None, "", self.draw(None, stage, head)
         try:
-            maps = AttentionMaps(self.model, self.processor, image := self.open(upload))
+            if len(upload) > self.max_megabytes * 1e6:
+                raise ValueError(f"The file is larger than {self.max_megabytes:g} MB.")
+            image = open_image(io.BytesIO(upload), "the file")
+            maps = AttentionMaps(self.model, self.processor, image)
         except ValueError as error:
-            return nothing(f'<p role="alert"><b>Refused:</b> {html.escape(str(error))}</p>')
+            notice = f'<p role="alert"><b>Refused:</b> {html.escape(str(error))}</p>'
+            return None, None, notice, self.draw(None, stage, head)
         scores = {entry["label"]: entry["score"] for entry in self.pipeline.postprocess(maps.outputs, top_k=5)}
         rollout = compact({"attention rollout\nover all stages": maps.rollout()})
         all_maps = [
@@ -244,16 +226,19 @@ def make_page(explainer: Explainer, name: str, keep_seconds: int) -> "gr.Blocks"
             scores = gr.Label(num_top_classes=5, label="Top 5", elem_id="labels")
         maps = gr.HTML(explainer.draw(None, stages, 0), elem_id="maps")
 
-        limits: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": CONCURRENT_VISITORS}
+        events: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": CONCURRENT_VISITORS}
+        # By default Gradio ignores an event, such as an upload, while another one, such as the removal of the image
+        # before or of a slider that moves on, is not finished
+        events["trigger_mode"] = "always_last"
         explained = [scores, explanation, notice, maps]
-        gr.on([upload.upload, upload.clear], explainer.explain, [upload, stage, head], explained, **limits)
+        gr.on([upload.upload, upload.clear], explainer.explain, [upload, stage, head], explained, **events)
         for button, content in examples.items():
             button.click(
                 functools.partial(explainer.explain, content),
                 [stage, head],
                 explained,
                 api_visibility="private",
-                **limits,
+                **events,
             ).then(lambda: None, outputs=upload, api_visibility="private")
         gr.on(
             [stage.change, head.change],
@@ -261,8 +246,7 @@ def make_page(explainer: Explainer, name: str, keep_seconds: int) -> "gr.Blocks"
             [explanation, stage, head],
             maps,
             show_progress="hidden",
-            trigger_mode="always_last",  # Of a slider that moves on while its maps are drawn
-            **limits,
+            **events,
         )
     return page
 
@@ -320,12 +304,8 @@ def main() -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, help="folder or Hub id of a CrossViT; default: %(default)s")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     parser.add_argument("--max_megabytes", type=float, default=10, help="of an upload; default: %(default)s")
-    parser.add_argument(
-        "--keep_seconds", type=int, default=60, help="age at which uploads are deleted; default: %(default)s"
-    )
-    parser.add_argument(
-        "--space", type=Path, metavar="FOLDER", help="write a Space there instead of starting the page"
-    )
+    parser.add_argument("--keep_seconds", type=int, default=60, help="age of uploads to delete; default: %(default)s")
+    parser.add_argument("--space", type=Path, metavar="FOLDER", help="write a Space there instead of starting")
     args = parser.parse_args()
     if args.max_megabytes <= 0 or args.keep_seconds < 1:
         parser.error("--max_megabytes must be positive and --keep_seconds at least 1")
@@ -333,9 +313,7 @@ def main() -> None:
     # After the options, as these imports take seconds
     import PIL.Image
     from huggingface_hub import SpaceCard
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     PIL.Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses images of more than twice as many
     model, processor = load_checkpoint(args.model)
     name = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model

@@ -17,7 +17,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 
 # These are imported where they are needed: a typo in an option then costs little time
@@ -28,15 +28,11 @@ if TYPE_CHECKING:
     from crossvit import CrossViTConfig, CrossViTForImageClassification
 
 
-def make_parser(groups: Any, description: str, defaults: dict[str, Any]) -> "HfArgumentParser":
-    """
-    The parser of a command.
+PUBLISHED = "timm/crossvit_15_dagger_240.in1k"  # the weights that commands use by default
 
-    Args:
-        groups (`list[type]`): dataclasses of its options.
-        description (`str`): what it does.
-        defaults (`dict[str, Any]`): of options, where they differ from those of the dataclasses.
-    """
+
+def make_parser(groups: Any, description: str, defaults: dict[str, Any]) -> "HfArgumentParser":
+    """The parser of a command: the options are those of the dataclasses, some with other defaults."""
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser(groups, description=description, usage="%(prog)s [options]\n%(prog)s --help")
@@ -66,19 +62,17 @@ def read_config(name: str, **options) -> "CrossViTConfig":
 
 def load_checkpoint(name: str, dtype: Any = None, **options) -> tuple["CrossViTForImageClassification", Any]:
     """
-    A classifier and its image processor.
-
-    Args:
-        name (`str`): folder or repository on the Hub, of this package or of timm.
-        dtype (`torch.dtype`, *optional*): of the weights; as saved by default.
-        options (`dict[str, Any]`, *optional*): of the configuration.
-
-    Raises:
-        `CommandError`: if it cannot be loaded.
+    A classifier, from a folder or the Hub, of this package or of timm, and its image processor. The weights have the
+    type that they were saved in, or `dtype`; `options` are of the configuration. Raises a `CommandError`.
     """
+    import huggingface_hub.utils
+    from transformers.utils.logging import disable_progress_bar
+
     from crossvit import CrossViTForImageClassification, CrossViTImageProcessor
     from crossvit.training.errors import CommandError
 
+    disable_progress_bar()  # loading takes a moment
+    huggingface_hub.utils.enable_progress_bars()  # a download takes longer
     try:
         config = read_config(name, **options)
         model = CrossViTForImageClassification.from_pretrained(name, config=config, dtype=dtype or "auto")
@@ -89,15 +83,8 @@ def load_checkpoint(name: str, dtype: Any = None, **options) -> tuple["CrossViTF
 
 def load_config(name: str, **options) -> tuple["CrossViTConfig", Any]:
     """
-    The configuration of a model to train from scratch, and its image processor: the one beside it, or else one of its
-    size as in the paper.
-
-    Args:
-        name (`str`): folder, file or repository on the Hub.
-        options (`dict[str, Any]`, *optional*): of the configuration.
-
-    Raises:
-        `CommandError`: if it is not a configuration of a CrossViT for RGB images.
+    The configuration of a model to train from scratch, from a folder, a file or the Hub, and its image processor: the
+    one beside it, or else one of its size as in the paper. Raises a `CommandError`.
     """
     from crossvit import CrossViTImageProcessor
     from crossvit.training.errors import CommandError
@@ -127,19 +114,14 @@ def find_images(folder: Path) -> list[Path]:
     from crossvit.training.data import image_formats
 
     suffixes = {suffix for suffix, name in PIL.Image.registered_extensions().items() if name in image_formats()}
-
-    def is_hidden(path: Path) -> bool:
-        return any(part.startswith(".") for part in path.relative_to(folder).parts)
-
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and not is_hidden(path))
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+    return sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
-def open_image(path: str | Path) -> "PIL.Image.Image":
+def open_image(file: str | Path | BinaryIO, name: str | None = None) -> "PIL.Image.Image":
     """
-    An image file, upright and in RGB.
-
-    Raises:
-        `CommandError`: if it cannot be read or is not of the `image_formats`.
+    An image file of the `image_formats`, upright and in RGB. Raises a `CommandError` with its `name`, by default the
+    path.
     """
     import PIL.Image
     from transformers.image_utils import load_image
@@ -149,12 +131,12 @@ def open_image(path: str | Path) -> "PIL.Image.Image":
 
     formats = image_formats()
     try:
-        with PIL.Image.open(path, formats=formats) as image:
+        with PIL.Image.open(file, formats=formats) as image:
             return load_image(image)
     except PIL.UnidentifiedImageError as error:
-        raise CommandError(f"{path}: not an image of the formats {', '.join(formats)}") from error
+        raise CommandError(f"{name or file}: not an image of the formats {', '.join(formats)}") from error
     except Exception as error:  # of many types, by format
-        raise CommandError(f"{path}: cannot be read as an image ({reason(error)})") from error
+        raise CommandError(f"{name or file}: cannot be read as an image ({reason(error)})") from error
 
 
 def reason(error: Exception) -> str:
@@ -174,15 +156,3 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         sys.exit(130)
-
-
-__all__ = [
-    "find_images",
-    "load_checkpoint",
-    "load_config",
-    "make_parser",
-    "open_image",
-    "parse",
-    "reason",
-    "run",
-]

@@ -15,7 +15,7 @@
 
     python examples/explain.py photo.jpg                              # with published weights
     python examples/explain.py photo.jpg --model outputs/photos       # or another folder or model of the Hub
-    python examples/explain.py photo.jpg mask.png --model folder      # with an image of its own for each branch
+    python examples/explain.py photo.jpg mask.png --model folder      # with a separate image for each branch
 
 Self-attention maps are those of the last layer of each branch in each stage. All are averaged over the heads;
 `AttentionMaps` gives access to every layer and head. With an image for each branch, every map is drawn on the image
@@ -26,17 +26,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from command_line import load_checkpoint, open_image, run
+from command_line import PUBLISHED, load_checkpoint, open_image, run
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", metavar="image", help="image file, or one for each branch of the model")
-    parser.add_argument(
-        "--model",
-        default="timm/crossvit_15_dagger_240.in1k",
-        help="folder or Hub id of a CrossViT; default: %(default)s",
-    )
+    parser.add_argument("--model", default=PUBLISHED, help="folder or Hub id of a CrossViT; default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("outputs/explain.png"), help="default: %(default)s")
     args = parser.parse_args()
 
@@ -44,7 +40,6 @@ def main() -> None:
     import numpy as np
     import PIL.Image
     from transformers import ImageClassificationPipeline
-    from transformers.utils import logging
 
     from crossvit.interpretability import (
         AttentionMap,
@@ -56,7 +51,6 @@ def main() -> None:
         draw_rows,
     )
 
-    logging.disable_progress_bar()
     images = [open_image(path) for path in args.images]
     model, processor = load_checkpoint(args.model)
     maps = AttentionMaps(model, processor, images if len(images) > 1 else images[0])

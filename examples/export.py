@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import load_checkpoint, reason, run
+from command_line import PUBLISHED, load_checkpoint, reason, run
 
 
 if TYPE_CHECKING:
@@ -58,18 +58,18 @@ def load_images(args: argparse.Namespace, config: Any, processor: Any) -> tuple[
     import torch
     from tqdm import tqdm
 
+    from crossvit.training.augmentation import EvaluationTransform
     from crossvit.training.data import ImageSource, LabelledImages
 
-    loaded = LabelledImages.load(ImageSource(args.data))
+    loaded = LabelledImages.load(ImageSource(args.data, image_columns=args.image_columns))
     # With the default seed of finetune.py: a model that it trained on the same folder has not seen the held-out images
     splits = loaded.for_training(args.validation_fraction, seed=42).splits
 
-    def load(split: str, count: int) -> tuple[torch.Tensor, list[Any]]:
+    def load(split: str, count: int) -> tuple[torch.Tensor, list[int]]:
         images = splits[split].shuffle(seed=0).select(range(min(count, len(splits[split]))))
-        (column,) = loaded.image_columns
-        rows = tqdm(images, f"{split} images", leave=False)
-        pixel_values = torch.cat([processor(row[column], return_tensors="pt")["pixel_values"] for row in rows])
-        return pixel_values, images["labels"]
+        rows = images.with_transform(EvaluationTransform(processor, loaded.image_columns))
+        pixel_values = [row["pixel_values"] for row in tqdm(rows, f"{split} images", leave=False)]
+        return torch.stack(pixel_values), images["labels"]
 
     calibration, _ = load("train", args.calibration_images)
     test, indices = load("validation", args.test_images)
@@ -97,17 +97,10 @@ def save_program(name: str, model: Any, calibration: torch.Tensor, folder: Path)
     import torch
     from transformers import exporters
 
-    samples = [{"pixel_values": image[None]} for image in calibration]
-    sample: dict[str, Any] = {"pixel_values": calibration[:1].repeat(2, 1, 1, 1)}
+    configs = {"torch": "DynamoConfig", "onnx": "OnnxConfig", "openvino": "OpenVINOConfig"}
     shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1)}}
-    config: Any
-    match name.removesuffix("-int8"):
-        case "torch":
-            config = exporters.DynamoConfig(dynamic=True, dynamic_shapes=shapes)
-        case "onnx":
-            config = exporters.OnnxConfig(dynamic=True, dynamic_shapes=shapes)
-        case "openvino":
-            config = exporters.OpenVINOConfig(dynamic=True, dynamic_shapes=shapes)
+    config = getattr(exporters, configs[name.removesuffix("-int8")])(dynamic=True, dynamic_shapes=shapes)
+    samples = [{"pixel_values": image[None]} for image in calibration]
     if name == "onnx-int8":
         from onnxruntime.quantization import QuantType
 
@@ -122,7 +115,8 @@ def save_program(name: str, model: Any, calibration: torch.Tensor, folder: Path)
     if name == "openvino-int8":
         nncf = exporters.NNCFQuantizationConfig(subset_size=len(samples))  # by default at most 300
         config.quantizer = exporters.NNCFOpenVINOQuantizer(nncf, samples)
-    exporters.AutoHfExporter.from_config(config).export(model, sample, config).save_pretrained(folder)
+    batch: dict[str, Any] = {"pixel_values": calibration[:1].repeat_interleave(2, dim=0)}
+    exporters.AutoHfExporter.from_config(config).export(model, batch, config).save_pretrained(folder)
 
 
 def load_program(name: str, folder: Path, precision: str = "f32") -> Program:
@@ -150,12 +144,7 @@ def eager(model: Any) -> Program:
     """A model as a program."""
     import torch
 
-    @torch.inference_mode()
-    def run_model(pixel_values: torch.Tensor) -> torch.Tensor:
-        return model(pixel_values.to(model.dtype)).logits.float()
-
-    model.eval()
-    return run_model
+    return torch.inference_mode()(lambda batch: model(batch.to(model.dtype)).logits.float())
 
 
 def compute_logits(program: Program, pixel_values: torch.Tensor, description: str) -> torch.Tensor:
@@ -172,8 +161,7 @@ def milliseconds(program: Program, batch: torch.Tensor, seconds: float) -> float
     import torch
     from torch.utils.benchmark import Timer
 
-    variables = {"program": program, "batch": batch}
-    timer = Timer("program(batch)", globals=variables, num_threads=torch.get_num_threads())
+    timer = Timer("program(batch)", globals=locals(), num_threads=torch.get_num_threads())
     return 1000 * timer.blocked_autorange(min_run_time=seconds).median
 
 
@@ -193,7 +181,14 @@ from transformers import AutoConfig, AutoImageProcessor
 
 processor = AutoImageProcessor.from_pretrained("{folder}")
 id2label = AutoConfig.from_pretrained("{folder}").id2label
-pixel_values = processor(Image.open("image.png").convert("RGB"), return_tensors="pt")["pixel_values"]
+pixel_values = processor({images}, return_tensors="pt")["pixel_values"]
+```
+"""
+SECTION = """
+## {name}
+
+```python
+{usage}print(id2label[logits[0].argmax().item()])
 ```
 """
 USAGE = {
@@ -219,20 +214,12 @@ logits = program({{"pixel_values": pixel_values.numpy()}})["logits"]
 }
 
 
-def make_guide(names: list[str], table: str) -> str:
-    """The README.md: the table, and how to run each program."""
-    guide = GUIDE.format(table=table, folder=names[0])
-    for name in names:
-        usage = USAGE[name.removesuffix("-int8")].format(folder=name)
-        guide += f"\n## {name}\n\n```python\n{usage}print(id2label[logits[0].argmax().item()])\n```\n"
-    return guide
-
-
-def parse_arguments() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", required=True, help="folder of images, or data set on the Hub, as for finetune.py")
-    add("--model", default="timm/crossvit_15_dagger_240.in1k", help="folder or Hub id; default: %(default)s")
+    add("--image_columns", nargs="+", help="one for all branches or one for each; default: the only one")
+    add("--model", default=PUBLISHED, help="folder or Hub id; default: %(default)s")
     add("--output_dir", type=Path, default=Path("outputs/export"), help="new or empty; default: %(default)s")
     add("--formats", nargs="+", choices=FORMATS, default=FORMATS, help="default: all")
     add("--validation_fraction", type=float, default=0.1, help="of data without such a split; default: %(default)s")
@@ -242,19 +229,12 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.output_dir.is_dir() and any(args.output_dir.iterdir()):
         parser.error(f"--output_dir {args.output_dir}: not empty; name a new folder")
-    return args
-
-
-def main() -> None:
-    args = parse_arguments()
 
     # After the options, as these imports take seconds
     import torch
-    from transformers.utils.logging import disable_progress_bar
 
     from crossvit.training.errors import CommandError
 
-    disable_progress_bar()
     model, processor = load_checkpoint(args.model, dtype=torch.float32)
     calibration, test, labels = load_images(args, model.config, processor)
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -265,7 +245,8 @@ def main() -> None:
         measured, labels = "agreement", expected.argmax(-1)
 
     rows: list[dict[str, Any]] = []
-    lines: list[str] = []
+    lines: list[str] = []  # of the table
+    failed: dict[str, str] = {}
 
     def add_line(line: str) -> None:
         lines.append(line)
@@ -278,7 +259,7 @@ def main() -> None:
         if not difference <= tolerance:  # also for NaN
             raise ValueError(f"its logits differ by {difference:.2g} from those of the model, more than {tolerance}")
         accuracy = (logits.argmax(-1) == labels).float().mean().item()
-        times = [milliseconds(program, test[:1].repeat(size, 1, 1, 1), args.seconds) for size in BATCH_SIZES]
+        times = [milliseconds(program, test[:1].repeat_interleave(size, dim=0), args.seconds) for size in BATCH_SIZES]
         row = {"format": name, "megabytes": megabytes, "largest_difference": difference, measured: accuracy}
         rows.append(row | {"milliseconds": dict(zip(BATCH_SIZES, times))})
         columns = "".join(f"{time:14.2f}" for time in times)
@@ -289,7 +270,6 @@ def main() -> None:
     add_row("torch float32", eager(model), model.get_memory_footprint() / 1e6)
     variant = copy.deepcopy(model).bfloat16()
     add_row("torch bfloat16", eager(variant), variant.get_memory_footprint() / 1e6)
-    failed: dict[str, str] = {}
     for name in args.formats:
         folder = args.output_dir / name
         print(f"exporting {name} ...", end="\r", flush=True)
@@ -307,13 +287,17 @@ def main() -> None:
             failed[name] = reason(error)
             add_line(f"{name:16}  not exported: {failed[name]}")
 
-    lines.append(f"{len(test):,} test images, {torch.get_num_threads()} threads")
-    print(lines[-1])
+    add_line(f"{len(test):,} test images, {torch.get_num_threads()} threads")
     results = {"model": args.model, "data": args.data, "images": len(test), "threads": torch.get_num_threads()}
     results |= {"programs": rows, "not_exported": failed}
     (args.output_dir / "export.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
     if exported := [name for name in args.formats if name not in failed]:
-        (args.output_dir / "README.md").write_text(make_guide(exported, "\n".join(lines)), encoding="utf-8")
+        images = ", ".join(f'Image.open("{name}.png").convert("RGB")' for name in args.image_columns or ["image"])
+        images = f"[({images})]" if test.ndim == 5 else images
+        guide = GUIDE.format(table="\n".join(lines), folder=exported[0], images=images)
+        for name in exported:
+            guide += SECTION.format(name=name, usage=USAGE[name.removesuffix("-int8")].format(folder=name))
+        (args.output_dir / "README.md").write_text(guide, encoding="utf-8")
     if failed:
         raise CommandError("; ".join(f"{name} was not exported: {text}" for name, text in failed.items()))
 

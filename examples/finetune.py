@@ -20,7 +20,7 @@ The same command goes on where it stopped. Options of Transformers' TrainingArgu
     --bf16 --gradient_checkpointing --gradient_accumulation_steps 4 --torch_compile --push_to_hub
     torchrun --nproc_per_node 8 examples/finetune.py ...      # on several devices
 
-Columns of the data may give each branch an image of its own, and the attention masks of the objects to learn from:
+Columns of the data may hold a separate image for each branch, and masks of the objects to attend to:
 
     --image_columns photo infrared --mask_column mask --mask_weight 0.1
 

@@ -47,7 +47,6 @@ PLAN_BATCH_ON_CPU = 8  # as fast per image as more at once
 DEFAULTS = {
     "output_dir": "outputs/pretrain",
     "per_device_eval_batch_size": 128,
-    "use_cpu": not torch.accelerator.is_available(),  # otherwise --bf16 is refused there
     "lr_scheduler_type": "cosine_warmup_with_min_lr",
     "load_best_model_at_end": False,  # as in the paper, the last weights count
 }

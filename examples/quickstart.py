@@ -135,13 +135,11 @@ def train(output: Path, seed: int) -> None:
 def classify(model_name: str, paths: list[str], output: Path) -> None:
     """Classifies the images, or else the held-out digits, and draws some of them."""
     from transformers import pipeline
-    from transformers.utils import logging
 
     from crossvit.interpretability import AttentionMaps, Picture, Scores, draw_attention, draw_rows
     from crossvit.interpretability.plotting import ORANGE
     from crossvit.training.errors import CommandError
 
-    logging.disable_progress_bar()
     images, labels = [open_image(path) for path in paths], [None] * len(paths)
     model, processor = load_checkpoint(model_name)
     if not paths:

@@ -27,7 +27,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import find_images, load_checkpoint, open_image, run
+from command_line import PUBLISHED, find_images, load_checkpoint, open_image, run
 
 
 if TYPE_CHECKING:
@@ -85,11 +85,7 @@ def embed_files(paths: list[str], model: Any, processor: Any, batch_size: int) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="images to search")
-    parser.add_argument(
-        "--model",
-        default="timm/crossvit_15_dagger_240.in1k",
-        help="folder or Hub id of a CrossViT; default: %(default)s",
-    )
+    parser.add_argument("--model", default=PUBLISHED, help="folder or Hub id of a CrossViT; default: %(default)s")
     parser.add_argument("--query", nargs="+", default=[], metavar="FILE", help="default: images of the folder")
     parser.add_argument("--nearest", type=int, default=5, metavar="K", help="images to find; default: %(default)s")
     parser.add_argument("--batch_size", type=int, default=32, help="default: %(default)s")
@@ -101,13 +97,11 @@ def main() -> None:
     # After the options, as these imports take seconds
     import numpy as np
     from sklearn.neighbors import NearestNeighbors
-    from transformers.utils import logging
 
     from crossvit.interpretability import Picture, draw_rows
     from crossvit.interpretability.plotting import BLUE, ORANGE
     from crossvit.training.errors import CommandError
 
-    logging.disable_progress_bar()
     files = {path.resolve(): str(path) for path in find_images(args.data)}  # once, even if links lead to them
     queries = [open_image(path) for path in args.query]
     model, processor = load_checkpoint(args.model)

@@ -9,8 +9,9 @@ import convert_crossvit_to_hf
 import pytest
 import torch
 import transformers
-from examples_in_process import TINY_TRAINING, run_main, write_zoo
+from examples_in_process import TINY_TRAINING, run_main, save_checkpoint
 from hub_server import HubServer
+from image_folders import write_zoo
 from reference import run
 
 import crossvit.interpretability
@@ -109,11 +110,18 @@ def zoo(tmp_path) -> Path:
 
 
 @pytest.fixture
-def example(monkeypatch, capsys):
+def checkpoint(small_config, tmp_path) -> Path:
+    """A folder with the small model and its image processor."""
+    return save_checkpoint(small_config, tmp_path / "checkpoint")
+
+
+@pytest.fixture
+def run_example(monkeypatch, capsys):
     """Runs a command of examples/ in this process: its exit status, what it prints, and what it says on stderr."""
     monkeypatch.setattr(sys, "argv", [])
 
-    def run_example(name: str, *arguments) -> tuple[int, str, str]:
+    def run_command(name: str, *arguments) -> tuple[int, str, str]:
+        capsys.readouterr()  # what the preparation of the test has printed
         status = 0
         try:
             run_main(name, *arguments)
@@ -121,7 +129,33 @@ def example(monkeypatch, capsys):
             status = error.code
         return status, *capsys.readouterr()
 
-    return run_example
+    return run_command
+
+
+@pytest.fixture
+def example(run_example):
+    """Runs a command of examples/ that must succeed: what it prints, and what it says on stderr."""
+
+    def run_to_the_end(name: str, *arguments) -> tuple[str, str]:
+        status, output, errors = run_example(name, *arguments)
+        assert status == 0, errors
+        return output, errors
+
+    return run_to_the_end
+
+
+@pytest.fixture
+def failure(run_example):
+    """Runs a command of examples/ that must fail without a trace: the line that it ends with."""
+
+    def run_to_the_error(name: str, *arguments) -> str:
+        status, _, errors = run_example(name, *arguments)
+        assert status in (1, 2) and "Traceback" not in errors, errors
+        line = errors.strip().splitlines()[-1]
+        assert line.startswith(f"{name}.py: error: "), errors
+        return line
+
+    return run_to_the_error
 
 
 @pytest.fixture
@@ -139,16 +173,23 @@ def drawn_rows(monkeypatch) -> list[list[Any]]:
 
 
 @pytest.fixture
-def finetune(example, zoo, small_config, tmp_path):
-    """Fine-tunes the small model on the zoo with further options, and returns the folder of the result."""
-    small_config.save_pretrained(tmp_path / "config")
+def finetune_options(zoo, small_config, tmp_path):
+    """The options of finetune.py that train the small model on the zoo, followed by others."""
 
-    def run_finetune(*arguments, output="tuned", start=("--config", "config"), data=None) -> Path:
-        status, _, errors = example(
-            "finetune", start[0], tmp_path / start[1], "--data", data or zoo, "--output_dir", tmp_path / output,
-            *TINY_TRAINING, *arguments,
-        )  # fmt: skip
-        assert status == 0, errors
+    def make_options(*others, output: str = "tuned", model: Path | None = None, data: Path = zoo) -> list[Any]:
+        small_config.save_pretrained(tmp_path / "config")
+        start = ["--model", model] if model else ["--config", tmp_path / "config"]
+        return [*start, "--data", data, "--output_dir", tmp_path / output, *TINY_TRAINING, *others]
+
+    return make_options
+
+
+@pytest.fixture
+def finetune(example, finetune_options, tmp_path):
+    """Fine-tunes the small model on the zoo with further options, and returns the folder of the result."""
+
+    def run_finetune(*options, output: str = "tuned", **choices) -> Path:
+        example("finetune", *finetune_options(*options, output=output, **choices))
         return tmp_path / output
 
     return run_finetune

@@ -1,4 +1,4 @@
-"""The commands of examples/ on small images, in this process and in others."""
+"""The commands of examples/ with small models, in this process and in others."""
 
 import itertools
 import json
@@ -10,28 +10,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL.Image
+from timm_reference import perturb
+
+from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-CLASSES = ["ant", "bee", "cow"]
 # More than 90 % of the zoo are right after six epochs; chance is a third
 TINY_TRAINING = "--use_cpu --learning_rate 2e-3 --num_train_epochs 6 --per_device_train_batch_size 8".split()
 TINY_TRAINING += "--disable_tqdm true --crop_scale 0.5 1 --report_to none".split()
 
 
-def write_zoo(root: Path, images: int = 8, splits: tuple[str, ...] = ("train",), side: int = 40) -> Path:
-    """A folder of images whose class is their brightest channel."""
-    generator = np.random.default_rng(0)
-    for split in splits:
-        for channel, name in enumerate(CLASSES):
-            (root / split / name).mkdir(parents=True)
-            for number in range(images):
-                pixels = generator.integers(0, 160, (side, side + 4, 3))
-                pixels[..., channel] += 95
-                PIL.Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{number}.png")
-    return root
+def save_checkpoint(config: CrossViTConfig, folder: Path) -> Path:
+    """Saves a model, every weight of which was moved, and its image processor; returns the folder."""
+    perturb(CrossViTForImageClassification(config)).save_pretrained(folder)
+    size = {"size": {"shortest_edge": 40}, "crop_size": {"height": 36, "width": 36}}
+    CrossViTImageProcessor(**size, image_mean=[0.5, 0.4, 0.3]).save_pretrained(folder)
+    return folder
 
 
 def run_main(name: str, *arguments: object) -> None:
@@ -46,6 +41,11 @@ def history(folder: Path, key: str) -> list[float]:
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda checkpoint: int(checkpoint.name.split("-")[1]))
     entries = json.loads((checkpoints[-1] / "trainer_state.json").read_text())["log_history"]
     return [entry[key] for entry in entries if key in entry]
+
+
+def results(folder: Path, split: str = "validation") -> dict[str, float]:
+    """What a run has measured in the end."""
+    return json.loads((folder / f"{split}_results.json").read_text())
 
 
 def run_killed(event: int, name: str, *arguments: object) -> None:

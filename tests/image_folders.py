@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 
 
-CLASSES = ("ant", "bee", "cow")
+CLASSES = ["ant", "bee", "cow"]
 
 
 def image_bytes(
@@ -35,10 +35,15 @@ def write_files(folder: Path, files: dict[str, bytes]) -> Path:
     return Path(folder)
 
 
+def write_rows(folder: Path, files: dict[str, bytes], rows: list[dict[str, Any]]) -> Path:
+    """Writes files, and the metadata that describe them; returns the folder."""
+    return write_files(folder, {**files, "metadata.jsonl": "\n".join(map(json.dumps, rows)).encode()})
+
+
 def write_images(
     folder: Path, splits: Iterable[str] = (".",), classes: Iterable[str] = CLASSES, images: int = 4
 ) -> Path:
-    """Writes `split/class/0.png` and so on, every image in a color of its own."""
+    """Writes `split/class/0.png` and so on, every image in a different color."""
     return write_files(
         folder,
         {
@@ -50,16 +55,29 @@ def write_images(
     )
 
 
-def image_rows(labels: list[Any], feature: Any = None, images: list[Any] | None = None) -> datasets.Dataset:
+def write_zoo(root: Path, images: int = 8, splits: Iterable[str] = ("train",)) -> Path:
+    """A folder of images whose class is their brightest channel."""
+    generator = np.random.default_rng(0)
+    for split in splits:
+        for channel, name in enumerate(CLASSES):
+            (root / split / name).mkdir(parents=True)
+            for number in range(images):
+                pixels = generator.integers(0, 160, (40, 44, 3))
+                pixels[..., channel] += 95
+                PIL.Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{number}.png")
+    return root
+
+
+def image_rows(labels: list[Any], feature: Any = None) -> datasets.Dataset:
     """Rows of "image" and "label", in memory; by default `labels` are indices of `CLASSES`."""
-    images = images or [{"bytes": image_bytes((0, 0, row)), "path": f"{row}.png"} for row in range(len(labels))]
-    feature = feature or datasets.ClassLabel(names=list(CLASSES))
+    images = [{"bytes": image_bytes((0, 0, row)), "path": f"{row}.png"} for row in range(len(labels))]
+    feature = feature or datasets.ClassLabel(names=CLASSES)
     return datasets.Dataset.from_dict(
         {"image": images, "label": labels}, datasets.Features({"image": datasets.Image(), "label": feature})
     )
 
 
-def write_pairs(folder: Path, splits: dict[str, int], side: int = 36) -> Path:
+def write_pairs(folder: Path, splits: dict[str, int]) -> Path:
     """
     Writes pairs of noisy images, "photo" and "scan", either of which is light or dark, and the metadata of each split
     with the number of its pairs. Their class, "same" or "different", shows only in both of them together.
@@ -70,9 +88,9 @@ def write_pairs(folder: Path, splits: dict[str, int], side: int = 36) -> Path:
         for number in range(count):
             row = {"label": ("same", "different")[number % 2 ^ number // 2 % 2]}
             for column, light in (("photo", number % 2), ("scan", number // 2 % 2)):
-                pixels = generator.integers(0, 156, (side, side, 3)) + 100 * light
+                pixels = generator.integers(0, 156, (36, 36, 3)) + 100 * light
                 row[f"{column}_file_name"] = f"{column}s/{number}.png"
                 files[row[f"{column}_file_name"]] = encoded(PIL.Image.fromarray(pixels.astype(np.uint8)))
-            rows.append(json.dumps(row))
-        write_files(folder / split, {**files, "metadata.jsonl": "\n".join(rows).encode()})
+            rows.append(row)
+        write_rows(folder / split, files, rows)
     return folder

@@ -1,4 +1,4 @@
-"""Python in a process of its own, where nothing is imported or registered yet."""
+"""Python in a separate process, where nothing is imported or registered yet."""
 
 import os
 import subprocess
@@ -7,14 +7,19 @@ import textwrap
 from pathlib import Path
 
 
-def run_python(code: str, folder: Path) -> str:
-    """Runs `code` in `folder`, without network and with empty caches, and returns what it prints."""
+def run_process(folder: Path, *arguments: object, **environment: str) -> str:
+    """Runs Python in `folder`, without network unless `environment` provides one, and returns what it prints."""
     process = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
+        [sys.executable, *map(str, arguments)],
         cwd=folder,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf")},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), **environment},
         capture_output=True,
         text=True,
     )
     assert process.returncode == 0, process.stderr
     return process.stdout
+
+
+def run_python(code: str, folder: Path, **environment: str) -> str:
+    """As `run_process`, for a piece of code."""
+    return run_process(folder, "-c", textwrap.dedent(code), **environment)

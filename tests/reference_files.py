@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -48,14 +49,19 @@ def save_timm_folder(model: torch.nn.Module, folder: Path, **changes) -> Path:
     return folder
 
 
-def timm_repository(model: torch.nn.Module) -> dict[str, bytes]:
-    """The files of a repository of timm's, with what its published ones say in config.json."""
-    pretrained_cfg = timm.models.get_pretrained_cfg(model.pretrained_cfg["architecture"]).to_dict()
-    config = {
+def published_config(architecture: str) -> dict[str, Any]:
+    """What config.json says in the repositories that timm publishes."""
+    pretrained_cfg = timm.models.get_pretrained_cfg(architecture).to_dict()
+    return {
         "architecture": pretrained_cfg.pop("architecture"),
         "num_classes": 1000,
         "pretrained_cfg": pretrained_cfg,
     }
+
+
+def timm_repository(model: torch.nn.Module) -> dict[str, bytes]:
+    """The files of a repository that timm publishes."""
+    config = published_config(model.pretrained_cfg["architecture"])
     return {"config.json": json.dumps(config).encode(), "model.safetensors": save(model.state_dict())}
 
 

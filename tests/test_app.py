@@ -1,13 +1,11 @@
 """The web page, in a headless Chromium."""
 
-import io
 import json
 import os
 import re
 import runpy
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,7 +18,7 @@ import pytest
 import sklearn.datasets
 from examples_in_process import EXAMPLES
 from huggingface_hub import SpaceCard
-from timm_reference import perturb
+from image_folders import image_bytes
 
 from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
 
@@ -32,14 +30,11 @@ CHROMIUM_OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-netwo
 
 
 @pytest.fixture
-def checkpoint(request, small_config, tmp_path) -> Path:
-    """A model of two stages, or as many as the test asks for."""
+def small_config(request, small_config):
+    """Two stages, or as many as the test asks for."""
     small_config.depth = small_config.depth[: getattr(request, "param", 2)]
     small_config.id2label = {number: f"class <{number}>" for number in range(5)}
-    perturb(CrossViTForImageClassification(small_config)).save_pretrained(tmp_path / "checkpoint")
-    processor = CrossViTImageProcessor(size={"shortest_edge": 36}, crop_size={"height": 36, "width": 36})
-    processor.save_pretrained(tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
+    return small_config
 
 
 @pytest.fixture
@@ -53,22 +48,15 @@ def images(tmp_path) -> list[Path]:
     return files
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
 @pytest.fixture
 def serve(tmp_path):
     """Starts the page and returns its address and process."""
     processes = []
 
     def start(script: Path, *arguments) -> tuple[str, subprocess.Popen]:
-        port = free_port()
         (tmp_path / "uploads").mkdir(exist_ok=True)
         process = subprocess.Popen(
-            [sys.executable, script, "--port", str(port), *map(str, arguments)],
+            [sys.executable, script, *map(str, arguments)],
             cwd=tmp_path,
             env={**os.environ, "HF_HUB_OFFLINE": "1", "GRADIO_TEMP_DIR": str(tmp_path / "uploads")},
             stdout=subprocess.PIPE,
@@ -77,8 +65,8 @@ def serve(tmp_path):
         )
         processes.append(process)
         for line in process.stdout:
-            if "Running on local URL" in line:
-                return f"http://127.0.0.1:{port}", process
+            if found := re.search(r"Running on local URL:\s*(\S+)", line):
+                return found[1], process
         raise AssertionError("the page did not start")
 
     yield start
@@ -130,7 +118,7 @@ def set_slider(page, name: str, value: int) -> None:
     number.press("Enter")
 
 
-def test_page_shows_labels_and_maps_and_refuses_other_files(serve, browser, checkpoint, images, tmp_path):
+def test_page_shows_labels_and_maps_and_refuses_large_files(serve, browser, checkpoint, images, tmp_path):
     address, process = serve(EXAMPLES / "app.py", "--model", checkpoint, "--max_megabytes", "0.5", "--keep_seconds", 2)
     page = open_page(browser, address)
     problems = []
@@ -141,7 +129,7 @@ def test_page_shows_labels_and_maps_and_refuses_other_files(serve, browser, chec
     # The image, the rollout, self-attention and cross-attention of two branches
     assert len(first) == len(set(first)) == 6
     captions = page.locator("#maps figcaption").all_inner_texts()
-    assert captions[0] == "your image" and "1x uniform attention" in captions[-1]
+    assert captions[0] == "your image" and "1x uniform attention or less, where the image stays" in captions[-1]
     assert re.fullmatch(r"attention rollout over all stages, max \d+\.\dx", captions[1])
     assert re.fullmatch(r"branch 0 \(6x6 patches\) self-attention, max \d+\.\dx", captions[2])
     labels = page.locator("#labels").inner_text()
@@ -156,33 +144,20 @@ def test_page_shows_labels_and_maps_and_refuses_other_files(serve, browser, chec
     assert [one == other for one, other in zip(earlier, one_head)] == [True, True, False, False, False, False]
     page.screenshot(path=tmp_path / "page.png", full_page=True)
 
-    def refuse(name: str, content: bytes, message: str) -> None:
-        """The file replaces an image, whose maps must not stay. The message stays beside the file."""
-        page.reload()
-        page.wait_for_selector("#upload input[type=file]", state="attached")
-        upload(page, images[0])
-        sources(page)
-        page.get_by_label("Clear").first.click()
-        page.wait_for_selector("#upload input[type=file]", state="attached")
-        (tmp_path / name).write_bytes(content)
-        upload(page, tmp_path / name)
-        page.locator("#notice", has_text=re.compile(f"Refused: .*{message}")).wait_for()
-        page.wait_for_function("!document.querySelector('#maps img')")
-        assert not page.locator(".toast-body").is_visible()
-        page.get_by_label("Clear").first.click()
-        page.wait_for_function("!document.querySelector('#notice').innerText.trim()")
-
-    thin = io.BytesIO()
-    PIL.Image.new("L", (1, 100_000)).save(thin, format="PNG")
-    script = io.BytesIO()
-    PIL.Image.new("L", (9, 9)).save(script, format="EPS")
-    refuse("text.png", b"not an image", "not an image of the formats JPEG, PNG")
-    refuse("empty.png", b"", "not an image of the formats JPEG, PNG")
-    refuse("script.png", script.getvalue(), "not an image of the formats JPEG, PNG")
-    refuse("cut.png", images[0].read_bytes()[:-60], "cannot be read as an image: .*truncated")
-    refuse("notes.txt", b"not an image", "not an image of the formats JPEG, PNG")
-    refuse("large.png", images[0].read_bytes() + bytes(600_000), "larger than 0.5 MB")
-    refuse("thin.png", thin.getvalue(), "1x100000 pixels .* less extreme aspect ratio")
+    # A file that is refused replaces the image, whose maps must not stay. The message stays beside the file
+    page.reload()
+    page.wait_for_selector("#upload input[type=file]", state="attached")
+    upload(page, images[0])
+    sources(page)
+    page.get_by_label("Clear").first.click()
+    page.wait_for_selector("#upload input[type=file]", state="attached")
+    (tmp_path / "large.png").write_bytes(images[0].read_bytes() + bytes(600_000))
+    upload(page, tmp_path / "large.png")
+    page.locator("#notice", has_text="Refused: The file is larger than 0.5 MB").wait_for()
+    page.wait_for_function("!document.querySelector('#maps img')")
+    assert not page.locator(".toast-body").is_visible()
+    page.get_by_label("Clear").first.click()
+    page.wait_for_function("!document.querySelector('#notice').innerText.trim()")
 
     # The page still works, and no upload is kept
     page.reload()
@@ -207,6 +182,8 @@ def test_page_names_its_model_and_has_examples(serve, browser, checkpoint, image
     address, _ = serve(EXAMPLES / "app.py", "--model", checkpoint)
     page = open_page(browser, address)
     assert page.locator("#model").inner_text().startswith("Model: checkpoint. It has 5 classes, such as: class <0>;")
+    texts = ("h1", "#model .prose", "#notice .prose", "#maps .prose")
+    assert len({page.locator(text).bounding_box()["x"] for text in texts}) == 1  # none is indented
     examples = page.locator(".example img")
     assert examples.count() == 2
     upload(page, images[0])
@@ -223,15 +200,37 @@ def test_page_names_its_model_and_has_examples(serve, browser, checkpoint, image
         assert set(json.load(response)["named_endpoints"]) == {"/explain", "/draw"}
 
 
-def make_explainer():
-    script = runpy.run_path(str(EXAMPLES / "app.py"))
-    model, processor = CrossViTForImageClassification(CrossViTConfig()), CrossViTImageProcessor()  # crossvit_15
-    return script, script["Explainer"](model, processor, max_megabytes=10)
+@pytest.fixture(scope="module")
+def script() -> dict:
+    return runpy.run_path(str(EXAMPLES / "app.py"))
 
 
-def test_memory_of_visitors_is_bounded():
+@pytest.fixture(scope="module")
+def explainer(script):
+    """Of crossvit_15, without the page."""
+    return script["Explainer"](CrossViTForImageClassification(CrossViTConfig()), CrossViTImageProcessor(), 10)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"not an image", "not an image of the formats JPEG, PNG"),
+        (b"", "not an image of the formats JPEG, PNG"),
+        (image_bytes(format="EPS"), "not an image of the formats JPEG, PNG"),
+        (image_bytes(size=(90, 90))[:-60], r"cannot be read as an image \(.*truncated"),
+        (image_bytes(size=(1, 100_000)), "1x100000 pixels .* less extreme aspect ratio"),
+        (bytes(10_000_001), "larger than 10 MB"),
+    ],
+    ids=["text", "empty", "eps", "truncated", "thin", "large"],
+)
+def test_refused_files_have_a_message(explainer, content, message):
+    scores, explanation, notice, page = explainer.explain(content, 3, 0)
+    assert scores is None and explanation is None and "<img" not in page
+    assert re.search(f"Refused:.*{message}", notice)
+
+
+def test_memory_of_visitors_is_bounded(script, explainer):
     """What is kept for a visitor: the arrays, the image, and the figures, which Gradio keeps with the page."""
-    script, explainer = make_explainer()
     photo = (Path(sklearn.datasets.__file__).parent / "images" / "china.jpg").read_bytes()
     scores, explanation, notice, page = explainer.explain(photo, 3, 0)
     assert len(scores) == 2 and not notice and page.count("<img") == 7
@@ -263,11 +262,10 @@ def test_concurrent_visitors_see_their_own_images(serve, browser, checkpoint, im
         page.close()
 
 
-@pytest.mark.parametrize("checkpoint", [1], indirect=True, ids=["one stage"])
-def test_space_needs_only_its_folder(serve, browser, example, checkpoint, images, tmp_path):
+@pytest.mark.parametrize("small_config", [1], indirect=True, ids=["one stage"])
+def test_space_needs_only_its_folder(serve, browser, example, failure, checkpoint, images, tmp_path):
     space = tmp_path / "space"
-    status, output, errors = example("app", "--model", checkpoint, "--space", space)
-    assert status == 0 and str(space) in output, errors
+    assert str(space) in example("app", "--model", checkpoint, "--space", space)[0]
     names = {path.name for path in space.iterdir()}
     assert names == {
         "LICENSE", "NOTICE", "README.md", "app.py", "command_line.py", "crossvit", "model", "requirements.txt"
@@ -288,10 +286,11 @@ def test_space_needs_only_its_folder(serve, browser, example, checkpoint, images
     assert "Model: checkpoint." in page.locator("#model").inner_text()
     page.close()
 
-    status, _, errors = example("app", "--model", space / "model", "--space", space)
-    assert status == 1 and f"--space {space}: is not empty" in errors
-    status, _, errors = example("app", "--model", tmp_path / "typo")
-    assert status == 1 and "typo: no CrossViT in such a folder or on the Hub" in errors
+    assert f"--space {space}: is not empty" in failure("app", "--model", space / "model", "--space", space)
+
+
+def test_missing_model_is_named(failure, tmp_path):
+    assert "typo: no CrossViT in such a folder or on the Hub" in failure("app", "--model", tmp_path / "typo")
 
 
 @pytest.mark.parametrize(
@@ -301,6 +300,5 @@ def test_space_needs_only_its_folder(serve, browser, example, checkpoint, images
 def test_space_has_the_license_of_its_model(example, checkpoint, metadata, tmp_path):
     card = "".join(f"{key}: {value}\n" for key, value in metadata.items())
     (checkpoint / "README.md").write_text(f"---\n{card}---\n\n# A model\n")
-    status, _, errors = example("app", "--model", checkpoint, "--space", tmp_path / "space")
-    assert status == 0, errors
+    example("app", "--model", checkpoint, "--space", tmp_path / "space")
     assert metadata.items() <= SpaceCard.load(tmp_path / "space" / "README.md").data.to_dict().items()

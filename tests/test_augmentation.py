@@ -141,26 +141,20 @@ def test_random_policies_are_refused_with_several_images_or_masks():
         AugmentationArguments(auto_augment="rand-m9-mstd0.5-inc1", color_jitter=0.4)
 
 
-def test_several_images_and_masks_are_evaluated_by_the_processor():
-    photos, scans = [noise(), noise((30, 40))], [noise((25, 20)), noise((40, 30))]
+@pytest.mark.parametrize("columns", [["photo"], ["photo", "scan"]], ids=len)
+def test_images_and_masks_are_evaluated_by_the_processor(columns):
+    rows = {"photo": [noise(), noise((30, 40))], "scan": [noise((25, 20)), noise((40, 30))], "labels": [1, 2]}
     # A mask of the left quarter of each photo, of another size and shape: the processor crops as of the photo
-    masks = [PIL.Image.new("1", (60, 40)), PIL.Image.new("1", (60, 60))]
-    for mask in masks:
+    rows["mask"] = [PIL.Image.new("1", (60, 40)), PIL.Image.new("1", (60, 60))]
+    for mask in rows["mask"]:
         mask.paste(1, (0, 0, 15, 60))
-    transform = EvaluationTransform(processor_of(), ["photo", "scan"], "mask")
-    found = transform({"photo": photos, "scan": scans, "mask": masks, "labels": [1, 2]})
-    for images, pixel_values in zip(zip(photos, scans), found["pixel_values"]):
-        assert torch.equal(pixel_values, processor_of()(list(images), return_tensors="pt")["pixel_values"])
+    found = EvaluationTransform(processor_of(), columns, "mask")(rows)
+    images = rows["photo"] if columns == ["photo"] else list(zip(rows["photo"], rows["scan"]))
+    expected = processor_of()(images, return_tensors="pt")["pixel_values"]
+    assert torch.equal(torch.stack(found["pixel_values"]), expected) and found["labels"] == [1, 2]
     for mask in found["mask"]:
         assert mask.shape == (16, 16) and mask[:, :2].eq(1).all() and mask[:, 6:].eq(0).all()
         assert mask.min() == 0 and mask.max() == 1
-
-
-def test_evaluation_is_that_of_the_processor():
-    images = [noise(), noise((30, 40))]
-    found = EvaluationTransform(processor_of())({"image": images, "labels": [1, 2]})
-    expected = processor_of()(images, return_tensors="pt")["pixel_values"]
-    assert torch.equal(torch.stack(found["pixel_values"]), expected) and found["labels"] == [1, 2]
 
 
 def test_a_processor_of_no_fixed_size_is_refused():
@@ -174,40 +168,31 @@ def test_labels_of_several_classes_become_rows():
     assert Collator(3, multi_label=True)(rows)["labels"].tolist() == [[1, 0, 1], [0, 0, 0], [0, 1, 0]]
 
 
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 3, 8, 8)], ids=["one image", "an image for each branch"])
 @pytest.mark.parametrize("name", ["mixup_alpha", "cutmix_alpha"])
-def test_images_are_mixed_as_their_labels(name):
-    """Each image has one value: the mean of a mixed one says how much of which image it has."""
-    args = AugmentationArguments(**{name: 1.0})
-    collator = Collator(4, mixup=args.mixup(4))
-    rows = [{"pixel_values": torch.full((3, 8, 8), float(label)), "labels": label} for label in range(4)]
+def test_images_are_mixed_as_their_labels(name, shape):
+    """Every pixel of an image is its label, so that the mean of a mixed one is that of its labels."""
+    collator = Collator(4, mixup=AugmentationArguments(**{name: 1.0}).mixup(4))
+    rows = [{"pixel_values": torch.full(shape, float(label)), "labels": label} for label in range(4)]
     mixed = 0
     for _ in range(8):
         batch = collator(rows)
-        torch.testing.assert_close(batch["labels"].sum(dim=1), torch.ones(4))
-        expected = batch["labels"] @ torch.arange(4.0)
-        torch.testing.assert_close(batch["pixel_values"].mean(dim=(1, 2, 3)), expected)
-        mixed += (batch["labels"] > 0).sum() > 4
+        pixel_values, labels = batch["pixel_values"], batch["labels"]
+        assert pixel_values.shape == (4, *shape)
+        torch.testing.assert_close(labels.sum(dim=1), torch.ones(4))
+        torch.testing.assert_close(pixel_values.flatten(1).mean(dim=1), labels @ torch.arange(4.0))
+        # All images of a row are mixed alike, in a rectangle of pixels, not of channels
+        channels = pixel_values.flatten(1, -3)
+        assert torch.equal(channels, channels[:, :1].expand_as(channels))
+        mixed += (labels > 0).sum() > 4
     assert mixed >= 4
     # timm mixes pairs
     odd = collator(rows[:3])
     assert odd["labels"].tolist() == torch.eye(4)[:3].tolist() and odd["pixel_values"][2].eq(2).all()
+
+
+def test_images_are_not_mixed_by_default():
     assert AugmentationArguments().mixup(4) is None
-
-
-def test_all_images_of_a_row_are_mixed_in_the_same_rectangle():
-    """Every pixel of an image is its label, so that the mean of a mixed one is that of its labels."""
-    collator = Collator(4, mixup=AugmentationArguments(cutmix_alpha=1.0).mixup(4))
-    rows = [{"pixel_values": torch.full((2, 3, 16, 16), float(label)), "labels": label} for label in range(4)]
-    mixed = 0
-    for _ in range(8):
-        batch = collator(rows)
-        first, second = batch["pixel_values"].unbind(dim=1)
-        assert batch["pixel_values"].shape == (4, 2, 3, 16, 16) and torch.equal(first, second)
-        # A rectangle of pixels, not of channels
-        assert torch.equal(first, first[:, :1].expand_as(first))
-        torch.testing.assert_close(first.mean(dim=(1, 2, 3)), batch["labels"] @ torch.arange(4.0))
-        mixed += (batch["labels"] > 0).sum() > 4
-    assert mixed >= 4
 
 
 @pytest.mark.parametrize("length, repeats, batch_size", [(24, 3, 4), (25, 3, 4), (10, 2, 16)])

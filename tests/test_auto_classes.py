@@ -1,10 +1,12 @@
-"""Each promise in a process of its own, so that what another test imported cannot hide a missing registration."""
+"""What `import crossvit` registers and needs, in processes where no other import hides a fault; and pipelines."""
 
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from python_process import run_python
 from timm_reference import perturb
+from transformers import pipeline
 
 from crossvit import CrossViTForImageClassification, CrossViTImageProcessor
 
@@ -15,19 +17,22 @@ def checkpoint(small_config, tmp_path):
     perturb(CrossViTForImageClassification(small_config)).save_pretrained(tmp_path / "checkpoint")
     processor = CrossViTImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 36, "width": 36})
     processor.save_pretrained(tmp_path / "checkpoint")
-    generator = np.random.default_rng(0)
-    for index in range(11):
-        pixels = generator.integers(0, 256, (30 + 7 * index, 90 - 5 * index, 3), dtype=np.uint8)
-        PIL.Image.fromarray(pixels).save(tmp_path / f"{index:02}.png")
     return tmp_path / "checkpoint"
 
 
-def test_import_registers_every_auto_class(checkpoint, tmp_path):
+def test_import_registers_every_auto_class_even_over_another_registration(checkpoint, tmp_path):
     run_python(
         """
-        import crossvit
+        import importlib
         from transformers import AutoBackbone, AutoConfig, AutoImageProcessor
-        from transformers import AutoModel, AutoModelForImageClassification
+        from transformers import AutoModel, AutoModelForImageClassification, PreTrainedConfig
+
+        class OtherConfig(PreTrainedConfig):
+            model_type = "crossvit"
+
+        AutoConfig.register("crossvit", OtherConfig)
+        import crossvit
+        importlib.reload(crossvit)
 
         config = AutoConfig.from_pretrained("checkpoint")
         assert type(config) is crossvit.CrossViTConfig
@@ -45,59 +50,58 @@ def test_import_registers_every_auto_class(checkpoint, tmp_path):
     )
 
 
-def test_without_import_the_model_type_is_unknown(checkpoint, tmp_path):
-    with pytest.raises(AssertionError, match="crossvit"):
-        run_python('from transformers import AutoConfig; AutoConfig.from_pretrained("checkpoint")', tmp_path)
-
-
-def test_import_twice_and_beside_another_registration(checkpoint, tmp_path):
+def test_import_needs_neither_torchvision_nor_optional_packages(checkpoint, tmp_path):
     run_python(
         """
-        import importlib
-        from transformers import AutoConfig, AutoModel, PreTrainedConfig
+        import sys
+        sys.modules["torchvision"] = sys.modules["matplotlib"] = None  # so that importing them fails
+        import crossvit, PIL.Image
+        from crossvit.interpretability import *
+        from transformers import AutoImageProcessor, pipeline
 
-        class OtherConfig(PreTrainedConfig):
-            model_type = "crossvit"
-
-        AutoConfig.register("crossvit", OtherConfig)
-        import crossvit
-        importlib.reload(crossvit)
-        assert type(AutoConfig.from_pretrained("checkpoint")) is crossvit.CrossViTConfig
-        assert type(AutoModel.from_pretrained("checkpoint")) is crossvit.CrossViTModel
-        """,
-        tmp_path,
-    )
-
-
-@pytest.mark.parametrize("task", ["image-classification", "image-feature-extraction"])
-def test_pipelines_in_batches(checkpoint, tmp_path, task):
-    # Eleven images: batches of eight and a ragged last one of three
-    run_python(
-        f"""
-        import glob
-        import crossvit, numpy, PIL.Image, torch
-        from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
-
-        images = [PIL.Image.open(path) for path in sorted(glob.glob("*.png"))]
-        pipe = pipeline("{task}", model="checkpoint")
-        singly = [pipe(image) for image in images]
-        for batch_size in (1, 8):
-            for outputs, expected in zip(pipe(images, batch_size=batch_size), singly, strict=True):
-                if "{task}" == "image-feature-extraction":
-                    numpy.testing.assert_allclose(outputs, expected, atol=1e-5)
-                    assert numpy.shape(outputs) == (1, 17, 32)
-                else:
-                    assert [entry["label"] for entry in outputs] == [entry["label"] for entry in expected]
-                    scores = [[entry["score"] for entry in entries] for entries in (outputs, expected)]
-                    numpy.testing.assert_allclose(*scores, atol=1e-6)
-        if "{task}" == "image-feature-extraction":
-            assert numpy.shape(pipe(images[0], pool=True)) == (1, 24 + 32)
+        assert {"datasets", "timm", "crossvit.training"}.isdisjoint(sys.modules)
+        try:
+            crossvit.CrossViTImageProcessor()
+        except ImportError as error:
+            assert "Torchvision" in str(error), error
         else:
-            model = AutoModelForImageClassification.from_pretrained("checkpoint")
-            inputs = AutoImageProcessor.from_pretrained("checkpoint")(images, return_tensors="pt")
-            with torch.no_grad():
-                labels = model(**inputs).logits.argmax(-1)
-            assert [entry[0]["label"] for entry in singly] == [model.config.id2label[i.item()] for i in labels]
+            raise AssertionError("the torchvision backend was created without torchvision")
+        image = PIL.Image.new("RGB", (300, 250))
+        processor = crossvit.CrossViTImageProcessorPil.from_pretrained("checkpoint")
+        assert processor(image).pixel_values[0].shape == (3, 36, 36)
+        if not getattr(AutoImageProcessor, "is_dummy", False):  # as in Transformers 5.10
+            assert type(AutoImageProcessor.from_pretrained("checkpoint")) is crossvit.CrossViTImageProcessorPil
+            assert len(pipeline("image-classification", model="checkpoint")(image)) == 5
         """,
         tmp_path,
     )
+
+
+@pytest.fixture
+def images() -> list[PIL.Image.Image]:
+    """Eleven images: batches of eight and a last one of three."""
+    generator = np.random.default_rng(0)
+    sizes = [(30 + 7 * index, 90 - 5 * index) for index in range(11)]
+    return [PIL.Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes]
+
+
+def test_classification_pipeline_in_batches(checkpoint, images):
+    model = CrossViTForImageClassification.from_pretrained(checkpoint).eval()
+    inputs = CrossViTImageProcessor.from_pretrained(checkpoint)(images, return_tensors="pt")
+    with torch.no_grad():
+        probabilities = model(**inputs).logits.softmax(dim=-1)
+    pipe = pipeline("image-classification", model=str(checkpoint))
+    for batch_size in (1, 8):
+        for outputs, expected in zip(pipe(images, batch_size=batch_size), probabilities, strict=True):
+            order = expected.argsort(descending=True)
+            assert [entry["label"] for entry in outputs] == [model.config.id2label[i.item()] for i in order]
+            np.testing.assert_allclose([entry["score"] for entry in outputs], expected[order], atol=1e-6)
+
+
+def test_feature_pipeline_in_batches(checkpoint, images):
+    pipe = pipeline("image-feature-extraction", model=str(checkpoint))
+    singly = [pipe(image) for image in images]
+    for outputs, expected in zip(pipe(images, batch_size=8), singly, strict=True):
+        assert np.shape(outputs) == (1, 17, 32)
+        np.testing.assert_allclose(outputs, expected, atol=1e-5)
+    assert np.shape(pipe(images[0], pool=True)) == (1, 24 + 32)

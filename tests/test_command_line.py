@@ -1,9 +1,16 @@
-"""What the commands of examples/ share: which image files they read."""
+"""What the commands of examples/ share: which image files they read, and that wrong options cost little time."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import PIL.EpsImagePlugin
 import PIL.Image
 import pytest
+from benchmarks import benchmark
 from command_line import find_images, open_image
+from examples_in_process import EXAMPLES
 from image_folders import image_bytes, write_files, write_images
 
 from crossvit.training.data import IMAGE_FORMATS, ImageSource, LabelledImages
@@ -40,19 +47,19 @@ def test_formats_of_photos_are_read(tmp_path, format):
 
 @pytest.mark.parametrize("name", ["poster.eps", "poster.png"])
 def test_ghostscript_is_not_started(no_ghostscript, tmp_path, name):
-    write_files(tmp_path, {name: image_bytes(format="EPS")})
+    write_files(write_images(tmp_path), {f"ant/{name}": image_bytes(format="EPS")})
     with pytest.raises(CommandError, match=rf"{name}: not an image of the formats JPEG, PNG, .*GIF, PPM$"):
-        open_image(tmp_path / name)
-
-
-@pytest.mark.parametrize("name", ["poster.eps", "poster.png"])
-def test_ghostscript_is_not_started_for_a_data_set(no_ghostscript, tmp_path, name):
-    write_images(tmp_path)
-    write_files(tmp_path, {f"ant/{name}": image_bytes(format="EPS")})
-    with pytest.raises(
-        CommandError, match=rf"1 of 13 images of 'train' cannot be read: row \d+, .*{name}: cannot ident"
-    ):
+        open_image(tmp_path / "ant" / name)
+    with pytest.raises(CommandError, match=rf"1 of 13 images of 'train' cannot be read: .*{name}: cannot ident"):
         LabelledImages.load(ImageSource(str(tmp_path))).check_images()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_ghostscript_is_not_started_where_images_are_not_checked(no_ghostscript, tmp_path, streaming):
+    write_files(tmp_path, {f"{name}/poster.png": image_bytes(format="EPS") for name in ("ant", "bee")})
+    rows = LabelledImages.load(ImageSource(str(tmp_path), streaming=streaming)).splits["train"]
+    with pytest.raises(PIL.UnidentifiedImageError):
+        next(iter(rows))
 
 
 def test_unreadable_images_are_named(tmp_path):
@@ -74,3 +81,30 @@ def test_images_of_a_folder(tmp_path):
     names = ("b.JPG", "a/c.png", "a/b/d.webp", ".hidden/e.png", "a/._c.png", "poster.eps", "notes.txt")
     write_files(tmp_path, dict.fromkeys(names, b""))
     assert find_images(tmp_path) == [tmp_path / "a" / "b" / "d.webp", tmp_path / "a" / "c.png", tmp_path / "b.JPG"]
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        *(
+            EXAMPLES / f"{name}.py"
+            for name in ("app", "classify", "explain", "export", "quickstart", "retrieve", "segment")
+        ),
+        Path(benchmark.__file__),
+    ],
+    ids=lambda script: script.stem,
+)
+def test_options_are_parsed_before_torch_is_imported(script):
+    code = """
+import runpy, sys
+sys.modules["torch"] = None  # so that importing it fails
+sys.argv[0] = sys.argv.pop(1)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", code, script, "--typo"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(script.parent), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 2 and f"usage: {script.name}" in process.stderr, process.stderr

@@ -1,4 +1,4 @@
-"""The commands of conversion/: equal logits, the way back bit by bit, and one line for what cannot be converted."""
+"""The commands of conversion/: equal logits, the way back bit by bit, and clear errors that leave nothing behind."""
 
 import argparse
 import json
@@ -6,13 +6,14 @@ import os
 import pickle
 import warnings
 import zipfile
+from functools import partial
 
 import convert_crossvit_to_hf
 import convert_hf_to_timm
 import pytest
 import timm
 import torch
-from reference import VARIANTS, ConversionError, architecture_of
+from reference import VARIANTS, architecture_of
 from reference_files import assert_same_weights, ibm_names, lucid_names, save_timm_folder, small_timm
 from safetensors.torch import load_file, save_file
 from timm_reference import timm_variant
@@ -23,7 +24,7 @@ from crossvit.remote_code import CODE_FILES
 
 @pytest.fixture
 def config_file(small_config, tmp_path):
-    """The configuration of `small_timm`, which no shapes tell: its heads are not in them."""
+    """The configuration of `small_timm`, whose numbers of heads do not follow from the shapes of its weights."""
     small_config.depth = ((1, 2, 0), (2, 2, 0))
     small_config.save_pretrained(tmp_path / "config")
     return tmp_path / "config" / "config.json"
@@ -81,29 +82,33 @@ def test_variants_there_and_back(convert, convert_back, tmp_path, name):
 
 
 def test_output_has_everything(convert, tmp_path):
-    save_file(timm_variant(VARIANTS["crossvit_9"]).state_dict(), tmp_path / "weights.safetensors")
-    output = convert(tmp_path / "weights.safetensors")
+    output = convert(save_timm_folder(small_timm(), tmp_path / "timm"))
     record = json.loads((output / "conversion.json").read_text())
     written = ["README.md", "config.json", *CODE_FILES, "model.safetensors", "preprocessor_config.json"]
     assert record["files"] == sorted(written)
     assert {path.name for path in output.iterdir()} == {*written, "conversion.json"}
-    assert record["source"]["file"] == "weights.safetensors" and len(record["source"]["sha256"]) == 64
-    # Whose weights these are is not known, so no licence and no accuracy are claimed
+    assert record["source"]["file"] == "timm/model.safetensors" and len(record["source"]["sha256"]) == 64
+    # The origin of these weights is not known, so the card claims neither a licence nor an accuracy
     card = (output / "README.md").read_text()
     assert "license" not in card and "eval_results" not in card and str(tmp_path) not in card
 
 
-@pytest.mark.parametrize("names", [dict, ibm_names, lucid_names], ids=["timm", "ibm", "lucid-dl"])
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_names_and_files(convert, config_file, tmp_path, names, suffix):
+@pytest.mark.parametrize(
+    ("names", "file", "save"),
+    [
+        (dict, "weights.safetensors", save_file),
+        (ibm_names, "weights.pth", torch.save),
+        (lucid_names, "weights.pth", partial(torch.save, _use_new_zipfile_serialization=False)),
+    ],
+    ids=["timm", "ibm", "lucid-dl"],
+)
+def test_names_and_files(convert, config_file, tmp_path, names, file, save):
     reference = small_timm()
-    source = tmp_path / f"weights{suffix}"
-    (save_file if suffix == ".safetensors" else torch.save)(names(reference.state_dict()), source)
-    assert_equal_logits(convert(source, "--config", config_file), reference)
+    save(names(reference.state_dict()), tmp_path / file)
+    assert_equal_logits(convert(tmp_path / file, "--config", config_file), reference)
 
 
-@pytest.mark.parametrize("zipped", [True, False])
-def test_training_checkpoints(convert, refuse, config_file, tmp_path, zipped):
+def test_training_checkpoints(convert, refuse, config_file, tmp_path):
     model, average = small_timm(), small_timm()
     checkpoint = {
         "model": {f"module.{name}": weight for name, weight in ibm_names(model.state_dict()).items()},
@@ -113,7 +118,7 @@ def test_training_checkpoints(convert, refuse, config_file, tmp_path, zipped):
         "args": argparse.Namespace(lr=0.004, data="imagenet"),
     }
     source = tmp_path / "checkpoint.pth"
-    torch.save(checkpoint, source, _use_new_zipfile_serialization=zipped)
+    torch.save(checkpoint, source)
     assert "model, model_ema" in refuse(source, "--config", config_file)
     assert "--entry" in refuse(source, "--config", config_file, "--entry", "optimizer")
     output = convert(source, "--config", config_file, "--entry", "model_ema")
@@ -121,11 +126,11 @@ def test_training_checkpoints(convert, refuse, config_file, tmp_path, zipped):
     assert json.loads((output / "conversion.json").read_text())["source"]["entry"] == "model_ema"
     # A single state dict leaves no choice
     del checkpoint["model_ema"]
-    torch.save(checkpoint, source, _use_new_zipfile_serialization=zipped)
+    torch.save(checkpoint, source)
     assert_equal_logits(convert(source, "--config", config_file, "--overwrite"), model)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_types_are_kept(convert, convert_back, config_file, tmp_path, dtype):
     tensors = small_timm().to(dtype).state_dict()
     save_file(tensors, tmp_path / "weights.safetensors")
@@ -137,9 +142,7 @@ def test_types_are_kept(convert, convert_back, config_file, tmp_path, dtype):
 @pytest.mark.parametrize(
     "options",
     [
-        {"num_classes": 1},
-        {"in_chans": 1},
-        {"qkv_bias": False},
+        {"num_classes": 1, "in_chans": 1, "qkv_bias": False},
         {"depth": ((1, 1, 1), (2, 2, 0), (1, 3, 3))},
         {"img_size": 48, "img_scale": (1.0, 1.0), "patch_size": (12, 16), "multi_conv": True},
     ],
@@ -152,7 +155,7 @@ def test_other_architectures_there_and_back(command, convert, convert_back, tmp_
     back = convert_back(output)
     loaded = timm.create_model(f"local-dir:{back}", pretrained=True)
     assert_same_weights(loaded.state_dict(), reference.state_dict())
-    assert loaded.pretrained_cfg.get("license") is None  # Nobody knows it
+    assert loaded.pretrained_cfg.get("license") is None  # It is not known
     assert command(convert_crossvit_to_hf, back, tmp_path / "again")[0] == 0
     for name in ("config.json", "preprocessor_config.json"):
         assert (tmp_path / "again" / name).read_text() == (output / name).read_text()
@@ -169,25 +172,29 @@ def test_configurations_of_this_package(convert, convert_back, small_config, tmp
     assert_same_weights(load_file(convert_back(output) / "model.safetensors"), reference.state_dict())
 
 
-def test_fine_tuned_variants_are_recognised(convert, tmp_path):
-    reference = timm_variant(VARIANTS["crossvit_tiny"], num_classes=3)
-    save_file(reference.state_dict(), tmp_path / "weights.safetensors")
-    (tmp_path / "names.txt").write_text("ant\nbee\ncow\n")
-    output = convert(tmp_path / "weights.safetensors", "--labels", tmp_path / "names.txt")
-    assert_equal_logits(output, reference)
-    assert CrossViTConfig.from_pretrained(output).id2label == {0: "ant", 1: "bee", 2: "cow"}
+def test_fine_tuned_variants_are_recognised():
+    with torch.device("meta"):
+        tensors = timm.create_model("crossvit_15_dagger_408", num_classes=3).state_dict()
+    config = convert_crossvit_to_hf.recognise(tensors)
+    assert (config["architecture"], config["num_classes"]) == ("crossvit_15_dagger_408", 3)
 
 
 @pytest.mark.parametrize(
-    "text", ['["ant", "bee", "cow", "dog", "elk"]', '{"4": "elk", "0": "ant", "1": "bee", "2": "cow", "3": "dog"}']
+    ("file", "text"),
+    [
+        ("names.txt", "ant\nbee\ncow\ndog\nelk\n"),
+        ("names.json", '["ant", "bee", "cow", "dog", "elk"]'),
+        ("names.json", '{"4": "elk", "0": "ant", "1": "bee", "2": "cow", "3": "dog"}'),
+    ],
+    ids=["lines", "list", "object"],
 )
-def test_labels(convert, refuse, tmp_path, text):
-    folder = save_timm_folder(small_timm(), tmp_path / "timm")
-    (tmp_path / "names.json").write_text('["ant", "bee", "bee", "dog", "elk"]')
-    assert "different name" in refuse(folder, "--labels", tmp_path / "names.json")
-    (tmp_path / "names.json").write_text(text)
-    output = convert(folder, "--labels", tmp_path / "names.json")
-    assert list(CrossViTConfig.from_pretrained(output).id2label.values()) == ["ant", "bee", "cow", "dog", "elk"]
+def test_labels(convert, refuse, tmp_path, file, text):
+    folder, labels = save_timm_folder(small_timm(), tmp_path / "timm"), tmp_path / file
+    labels.write_text(text.replace("cow", "bee"))
+    assert "different name" in refuse(folder, "--labels", labels)
+    labels.write_text(text)
+    config = CrossViTConfig.from_pretrained(convert(folder, "--labels", labels))
+    assert list(config.id2label.values()) == ["ant", "bee", "cow", "dog", "elk"]
 
 
 def test_ibm_names_on_the_way_back(convert, convert_back, tmp_path):
@@ -202,7 +209,7 @@ def test_verify(command, convert, refuse, tmp_path):
     before = {path.name: path.read_bytes() for path in output.iterdir()}
     status, printed, _ = command(convert_crossvit_to_hf, folder, output, "--verify")
     assert status == 0 and "172 tensors" in printed
-    # Other heads have equal weights, so only the logits tell
+    # Another number of heads changes the logits, but not the weights
     config = (output / "config.json").read_text()
     other = json.loads(config) | {"num_heads": [4, 4]}
     (output / "config.json").write_text(json.dumps(other))
@@ -236,7 +243,7 @@ def test_pickles_are_not_executed(refuse, tmp_path, zipped):
     message = refuse(tmp_path / "model.pth")
     assert "refused" in message and "posix.system" in message and "weights_only" not in message
     assert not touched.exists()
-    torch.load(tmp_path / "model.pth", weights_only=False)  # The payload is a real one
+    torch.load(tmp_path / "model.pth", weights_only=False)  # which executes the payload
     assert touched.exists()
 
 
@@ -251,52 +258,28 @@ def rewrite_archive(path, change):
 
 def test_short_records(refuse, tmp_path):
     path = tmp_path / "model.pth"
-    torch.save(ibm_names(timm_variant(VARIANTS["crossvit_9"]).state_dict()), path)
+    torch.save(small_timm().state_dict(), path)
     rewrite_archive(path, lambda name, content: content[:-4] if name.endswith("data/7") else content)
     assert "record size" in refuse(path)
 
 
-def test_no_record_may_be_short(tmp_path):
-    path, archive = tmp_path / "model.pth", tmp_path / "whole.pth"
-    weights = small_timm().state_dict()
-    torch.save(weights, archive)
-    for number in range(len(weights)):
-        path.write_bytes(archive.read_bytes())
-        short = f"whole/data/{number}"
-        rewrite_archive(path, lambda name, content: content[:-4] if name == short else content)
-        with pytest.raises(ConversionError, match="record size"):
-            convert_crossvit_to_hf.read_tensors(path)
-    assert convert_crossvit_to_hf.read_tensors(archive).keys() == weights.keys()
-
-
 def test_flipped_bits(refuse, tmp_path):
-    path, weights = tmp_path / "model.pth", ibm_names(timm_variant(VARIANTS["crossvit_9"]).state_dict())
+    path, weights = tmp_path / "model.pth", small_timm().state_dict()
     torch.save(weights, path)
     content = bytearray(path.read_bytes())
     content[content.index(weights["head.1.weight"].numpy().tobytes()) + 5] ^= 1
     path.write_bytes(content)
-    torch.load(path, weights_only=True)  # torch does not see it
+    torch.load(path, weights_only=True)  # which does not notice
     assert "checksum" in refuse(path)
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "zip", "legacy"])
-@pytest.mark.parametrize("end", [100, 10_000, -4])
-def test_truncated_files(refuse, tmp_path, kind, end):
-    source = tmp_path / ("model.safetensors" if kind == "safetensors" else "model.pth")
-    if kind == "safetensors":
-        save_file(small_timm().state_dict(), source)
-    else:
-        torch.save(small_timm().state_dict(), source, _use_new_zipfile_serialization=kind == "zip")
-    source.write_bytes(source.read_bytes()[:end])
-    refuse(source)
-
-
-@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html>", b"PK\x03\x04", b"\x80\x02", pickle.dumps([1])], ids=str)
-def test_files_without_weights(refuse, tmp_path, content):
-    (tmp_path / "model.pth").write_bytes(content)
-    (tmp_path / "model.safetensors").write_bytes(content)
-    refuse(tmp_path / "model.pth")
-    refuse(tmp_path / "model.safetensors")
+@pytest.mark.parametrize("file", ["model.safetensors", "model.pth"])
+def test_files_without_whole_weights(refuse, tmp_path, file):
+    (save_file if file == "model.safetensors" else torch.save)(small_timm().state_dict(), tmp_path / file)
+    truncated = (tmp_path / file).read_bytes()[:10_000]
+    for content in (truncated, b"", b"<!DOCTYPE html>", pickle.dumps([1], protocol=2)):
+        (tmp_path / file).write_bytes(content)
+        refuse(tmp_path / file)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +289,6 @@ def test_files_without_weights(refuse, tmp_path, content):
             lambda weights: weights.pop("blocks.1.blocks.0.1.attn.proj.bias"),
             "blocks.1.blocks.0.1.attn.proj.bias is miss",
         ),
-        (lambda weights: weights.pop("head.0.bias"), "head.0.bias is missing"),
         (lambda weights: weights.update(extra=torch.zeros(1)), "extra is unknown"),
         (lambda weights: weights.update({"module.norm.0.bias": torch.ones(24)}), "names that mean the same"),
         (
@@ -314,10 +296,9 @@ def test_files_without_weights(refuse, tmp_path, content):
             "norm.0.bias has shape (7,) instead of (24,)",
         ),
         (lambda weights: weights["norm.0.bias"].fill_(torch.nan), "norm.0.bias"),
-        (lambda weights: weights["norm.0.bias"].fill_(torch.inf), "norm.0.bias"),
         (lambda weights: weights.update({"norm.0.bias": torch.zeros(24, dtype=torch.int)}), "norm.0.bias"),
     ],
-    ids=["missing", "no head", "extra", "twice", "shape", "nan", "inf", "integers"],
+    ids=["missing", "extra", "twice", "shape", "nan", "integers"],
 )
 def test_weights_that_are_not_whole(refuse, tmp_path, change, message):
     folder = save_timm_folder(small_timm(), tmp_path / "timm")
@@ -327,14 +308,6 @@ def test_weights_that_are_not_whole(refuse, tmp_path, change, message):
     assert message in refuse(folder)
 
 
-def test_missing_weights_of_a_variant_are_named(refuse, tmp_path):
-    weights = timm_variant(VARIANTS["crossvit_tiny"]).state_dict()
-    del weights["head.0.weight"], weights["head.0.bias"]
-    save_file(weights, tmp_path / "weights.safetensors")
-    message = refuse(tmp_path / "weights.safetensors")
-    assert "crossvit_tiny_240" in message and "head.0.weight is missing, head.0.bias is missing" in message
-
-
 def test_unknown_shapes_ask_for_a_configuration(refuse, tmp_path):
     save_file(small_timm().state_dict(), tmp_path / "weights.safetensors")
     assert "--config" in refuse(tmp_path / "weights.safetensors")
@@ -342,7 +315,7 @@ def test_unknown_shapes_ask_for_a_configuration(refuse, tmp_path):
 
 def test_other_logits_are_not_saved(refuse, tmp_path, monkeypatch):
     read = convert_crossvit_to_hf.read_model_config
-    # Other heads have equal shapes, so only the logits tell
+    # Another number of heads changes the logits, but not the shapes
     monkeypatch.setattr(
         convert_crossvit_to_hf, "read_model_config", lambda config: {**read(config), "num_heads": (4, 4)}
     )
@@ -356,26 +329,23 @@ def test_sources_that_are_not_there(refuse, tmp_path):
     assert "nothing" in refuse(tmp_path / "nothing.pth")
 
 
+def test_publishing_without_access_is_refused_before_the_source_is_read(refuse):
+    # Tests run offline
+    assert "nothing.pth" not in refuse("nothing.pth", "--push-to-hub", "tester/x")
+
+
 def test_outputs_are_replaced_only_if_a_conversion_wrote_them(convert, refuse, tmp_path):
     folder, output = save_timm_folder(small_timm(), tmp_path / "timm"), tmp_path / "output"
     convert(folder)
     assert "--overwrite" in refuse(folder)
     convert(folder, "--overwrite")
-    for foreign in ("notes.txt", ".git/HEAD", "empty/", "runs/1/notes.txt", "model.safetensors/"):
-        path = output / foreign
-        if foreign == "model.safetensors/":  # a folder with the name of a file
-            path.unlink()
-        (path if foreign.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
-        if not path.is_dir():
-            path.touch()
-        assert foreign.split("/")[0] in refuse(folder, "--overwrite")
-        assert path.exists()
-        path.rmdir() if path.is_dir() else path.unlink()
-        for parent in path.relative_to(output).parents[:-1]:
-            (output / parent).rmdir()
+    (output / "runs").mkdir()
+    assert "did not write it: runs" in refuse(folder, "--overwrite")
+    (output / "runs").rmdir()
     output.rename(tmp_path / "elsewhere")
     output.symlink_to(tmp_path / "elsewhere")
-    assert "did not write" in refuse(folder, "--overwrite")
+    assert "did not write it" in refuse(folder, "--overwrite")
+    assert (tmp_path / "elsewhere" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("record", [None, "[]", "{", "{}", '{"files": null}'])
@@ -384,26 +354,22 @@ def test_folders_without_a_record_are_not_replaced(refuse, tmp_path, record):
     (tmp_path / "output" / "model.safetensors").touch()
     if record is not None:
         (tmp_path / "output" / "conversion.json").write_text(record)
-    folder = save_timm_folder(small_timm(), tmp_path / "timm")
-    assert "did not write it: no conversion.json of this command" in refuse(folder, "--overwrite")
-    assert (tmp_path / "output" / "model.safetensors").is_file()
+    assert "did not write it: no conversion.json of this command" in refuse("nothing.pth", "--overwrite")
 
 
-@pytest.mark.parametrize("overwrite", [True, False])
-def test_what_appears_during_the_conversion_is_kept(command, convert, tmp_path, monkeypatch, overwrite):
+def test_what_appears_during_the_conversion_is_kept(command, tmp_path, monkeypatch):
     folder, output = save_timm_folder(small_timm(), tmp_path / "timm"), tmp_path / "output"
-    if overwrite:
-        convert(folder)
     read_source = convert_crossvit_to_hf.read_source
 
     def read_while_another_writes(*args):
-        output.mkdir(exist_ok=True)
+        output.mkdir()
         (output / "notes.txt").touch()
         return read_source(*args)
 
     monkeypatch.setattr(convert_crossvit_to_hf, "read_source", read_while_another_writes)
-    status, _, errors = command(convert_crossvit_to_hf, folder, output, *["--overwrite"] * overwrite)
-    assert status == 1 and str(output) in errors and (output / "notes.txt").is_file()
+    status, _, errors = command(convert_crossvit_to_hf, folder, output)
+    assert status == 1 and "--overwrite" in errors
+    assert [path.name for path in output.iterdir()] == ["notes.txt"]
     assert not list(tmp_path.glob(".output.*"))
 
 

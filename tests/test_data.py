@@ -1,16 +1,17 @@
 """Images and labels are found wherever they are kept, none is lost without a word, and what is wrong is named."""
 
 import itertools
-import json
 import os
 import warnings
 from collections import Counter
+from pathlib import Path
 
 import datasets
 import numpy as np
+import PIL.features
 import PIL.Image
 import pytest
-from image_folders import CLASSES, encoded, image_bytes, image_rows, write_files, write_images, write_pairs
+from image_folders import CLASSES, encoded, image_bytes, image_rows, write_files, write_images, write_pairs, write_rows
 
 from crossvit.training.data import ImageSource, LabelledImages
 from crossvit.training.errors import CommandError
@@ -18,7 +19,7 @@ from crossvit.training.errors import CommandError
 
 LABELS = [0, 1, 2] * 4
 STRING, INTEGER = datasets.Value("string"), datasets.Value("int64")
-SOME_OF = datasets.List(datasets.ClassLabel(names=list(CLASSES)))
+SOME_OF = datasets.List(datasets.ClassLabel(names=CLASSES))
 
 
 @pytest.fixture
@@ -46,6 +47,15 @@ def save(folder, **splits) -> None:
     datasets.DatasetDict(splits).save_to_disk(folder)
 
 
+def save_all_ways(splits: datasets.DatasetDict, folder) -> list[Path]:
+    """Saves splits with `save_to_disk` and as parquet files; returns the folders."""
+    splits.save_to_disk(folder / "saved")
+    (folder / "parquet").mkdir()
+    for name, split in splits.items():
+        split.to_parquet(folder / "parquet" / f"{name}-00000-of-00001.parquet")
+    return [folder / "saved", folder / "parquet"]
+
+
 def contents(split, column: str = "image") -> list[tuple]:
     """The color and label of each image."""
     return sorted((row[column].getpixel((0, 0)), row["labels"]) for row in split)
@@ -54,33 +64,37 @@ def contents(split, column: str = "image") -> list[tuple]:
 def test_folders_saved_data_sets_parquet_and_streams_hold_the_same_images(source, tmp_path):
     write_images(source, ["train", "val"])
     images = load(source)
-    assert images.class_names == list(CLASSES) and not images.multi_label
+    assert images.class_names == CLASSES and not images.multi_label
     assert images.summary() == "Images: 12 train, 12 validation; 3 classes: ant, bee, cow"
     expected = {
         name: sorted(((50 * label, number, 100 * part), label) for label in range(3) for number in range(4))
         for part, name in enumerate(("train", "validation"))
     }
     loaded = datasets.load_dataset("imagefolder", data_dir=str(source))
-    loaded.save_to_disk(tmp_path / "saved")
-    (tmp_path / "parquet").mkdir()
-    for name, split in loaded.items():
-        split.to_parquet(tmp_path / "parquet" / f"{name}-00000-of-00001.parquet")
-    for place in (source, tmp_path / "saved", tmp_path / "parquet"):
-        for streaming in (False, True):
-            found = load(place, streaming=streaming)
-            assert {name: contents(split) for name, split in found.splits.items()} == expected, (place, streaming)
-            assert isinstance(found.splits["train"], datasets.IterableDataset) == streaming
+    for place, streaming in itertools.product((source, *save_all_ways(loaded, tmp_path)), (False, True)):
+        found = load(place, streaming=streaming)
+        assert {name: contents(split) for name, split in found.splits.items()} == expected, (place, streaming)
+        assert isinstance(found.splits["train"], datasets.IterableDataset) == streaming
 
 
-@pytest.mark.parametrize("name", ["toy_train.png", "unit-test.png", "dev.png", "Test (1).PNG", "validation[2].png"])
-def test_file_names_make_no_splits(source, name):
-    write_files(write_images(source), {f"bee/{name}": image_bytes()})
-    assert len(load(source).splits["train"]) == 13 and load(source).splits.keys() == {"train"}
+def test_file_names_make_no_splits(source):
+    names = ("toy_train.png", "unit-test.png", "dev.png", "Test (1).PNG", "validation[2].png")
+    write_files(write_images(source), {f"bee/{name}": image_bytes() for name in names})
+    found = load(source).splits
+    assert found.keys() == {"train"} and len(found["train"]) == 17
 
 
 def test_names_of_folders_are_not_patterns(tmp_path):
     write_images(tmp_path / "photos [1]*", classes=["ant [2]", "bee?"])
     assert load(tmp_path / "photos [1]*").class_names == ["ant [2]", "bee?"]
+
+
+@pytest.mark.skipif(not PIL.features.check("avif"), reason="a version of Pillow without this format")
+@pytest.mark.parametrize("streaming", [False, True])
+def test_avif_images_are_read(source, streaming):
+    files = {f"{name}/{number}.avif": image_bytes(format="AVIF") for name in CLASSES for number in range(3)}
+    write_images(write_files(source, files), images=1)
+    assert len(list(load(source, streaming=streaming).splits["train"])) == 12
 
 
 def test_a_class_may_be_called_like_a_split(source):
@@ -102,18 +116,10 @@ def test_what_lies_beside_splits_is_not_left_out_in_silence(source, extra, messa
     assert message in refused(source)
 
 
-@pytest.mark.parametrize("splits, extra", [(["train", "val"], "0.png"), (["train"], "0.png")])
-def test_images_that_are_not_found_are_an_error(source, splits, extra):
-    write_files(write_images(source, splits), {extra: image_bytes()})
+def test_images_that_are_not_found_are_an_error(source):
+    write_files(write_images(source, ["train", "val"]), {"0.png": image_bytes()})
     message = refused(source)
-    assert "1 of" in message and f"{source}/{extra}" in message
-
-
-def test_images_that_metadata_does_not_name_are_an_error(source):
-    rows = [{"file_name": f"{row}.png", "label": CLASSES[row % 3]} for row in range(6)]
-    files = {f"{row}.png": image_bytes() for row in range(7)}
-    write_files(source, {**files, "metadata.jsonl": "\n".join(map(json.dumps, rows)).encode()})
-    assert f"{source}/6.png" in refused(source)
+    assert "1 of 25 image files are not" in message and f"{source}/0.png" in message
 
 
 def test_metadata_may_name_several_images_of_a_row(source, tmp_path):
@@ -121,19 +127,20 @@ def test_metadata_may_name_several_images_of_a_row(source, tmp_path):
     columns = {"image_columns": ["photo", "scan"], "mask_column": "scan"}
     images = prepare(source, **columns)
     assert (images.image_columns, images.mask_column) == (["photo", "scan"], "scan")
-    saved = datasets.DatasetDict(images.splits)  # its labels are classes, as a stream needs them
-    saved.save_to_disk(tmp_path / "saved")
-    (tmp_path / "parquet").mkdir()
-    for name, split in saved.items():
-        split.to_parquet(tmp_path / "parquet" / f"{name}-00000-of-00001.parquet")
-    for place, streaming in ((source, False), *itertools.product((tmp_path / "saved", tmp_path / "parquet"), (0, 1))):
-        found = prepare(place, streaming=bool(streaming), **columns)
+    saved = save_all_ways(
+        datasets.DatasetDict(images.splits), tmp_path
+    )  # its labels are classes, as a stream needs them
+    for place, streaming in ((source, False), *itertools.product(saved, (False, True))):
+        found = prepare(place, streaming=streaming, **columns)
         assert {name: len(list(split)) for name, split in found.splits.items()} == {"train": 8, "validation": 4}
         for number, row in enumerate(found.splits["train"]):
             light = [np.asarray(row[column]).mean() > 128 for column in ("photo", "scan")]
             assert light == [number % 2 == 1, number // 2 % 2 == 1]
             assert found.class_names[row["labels"]] == ("same" if light[0] == light[1] else "different")
-    # The columns of images are those of the branches, in their order; others are not loaded
+
+
+def test_columns_of_images_are_those_of_the_branches(source):
+    write_pairs(source, {"train": 4, "val": 4})
     assert load(source, image_columns=["scan"]).splits["train"].column_names == ["scan", "labels"]
     assert load(source, mask_column="scan").image_columns == ["photo"]
     assert load(source, image_columns=["scan", "photo"]).image_columns == ["scan", "photo"]
@@ -178,11 +185,10 @@ def test_rows_that_lack_an_image_are_named(source):
 
 def test_several_labels_by_metadata(source):
     for split in ("train", "test"):
-        rows = [{"file_name": f"{row}.png", "labels": list(CLASSES[: row % 4])} for row in range(8)]
-        files = {f"{row}.png": image_bytes((row, 0, 0)) for row in range(8)}
-        write_files(source / split, {**files, "metadata.jsonl": "\n".join(map(json.dumps, rows)).encode()})
+        rows = [{"file_name": f"{row}.png", "labels": CLASSES[: row % 4]} for row in range(8)]
+        write_rows(source / split, {f"{row}.png": image_bytes((row, 0, 0)) for row in range(8)}, rows)
     images = load(source)
-    assert images.multi_label and images.class_names == list(CLASSES)
+    assert images.multi_label and images.class_names == CLASSES
     for split in images.splits.values():
         assert contents(split) == [((row, 0, 0), list(range(row % 4))) for row in range(8)]
     assert images.for_training(0.25, 0).splits.keys() == {"train", "validation", "test"}
@@ -237,6 +243,21 @@ def test_a_test_split_without_labels_is_left_out(source):
     assert load(source).splits.keys() == {"train"}
 
 
+def test_fingerprints_are_those_of_the_images_labels_and_splits(source):
+    rows = image_rows([0, 1, 2])
+    versions = (
+        {"train": rows, "validation": rows},
+        {"train": image_rows([0, 1, 2, 0]), "validation": rows},  # another image
+        {"train": image_rows([0, 2, 1]), "validation": rows},  # other labels
+        {"train": rows, "test": rows},  # another split
+    )
+    fingerprints = set()
+    for number, splits in enumerate(versions):
+        save(source / str(number), **splits)
+        fingerprints.add(load(source / str(number)).fingerprint())
+    assert len(fingerprints) == len(versions)
+
+
 @pytest.mark.parametrize("wrong", [-1, None])
 def test_labels_outside_the_range_are_named(source, wrong):
     save(source, train=image_rows([0, 1, 2, wrong] * 3), validation=image_rows([0, 1]))
@@ -259,10 +280,9 @@ def test_classes_that_only_the_validation_has_are_named(source):
     [
         (b"no image", "cannot identify"),
         (encoded(PIL.Image.effect_noise((64, 64), 90))[:-2000], "truncated"),
-        (encoded(PIL.Image.effect_noise((64, 64), 90), "JPEG")[:-500], "truncated"),
         (encoded(PIL.Image.fromarray(np.full((8, 8), 32768, np.uint16))), "more than 8 bits"),
     ],
-    ids=["text", "truncated png", "truncated jpeg", "16 bits"],
+    ids=["text", "truncated", "16 bits"],
 )
 def test_damaged_images_are_named(source, content, message):
     write_files(write_images(source, ["train", "val"]), {f"train/bee/broken{n}.png": content for n in range(6)})
@@ -286,22 +306,6 @@ def test_transparent_images_are_counted(source):
         warnings.simplefilter("error")
         (source / "bee" / "a.png").unlink()
         prepare(source)
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_images_are_rgb_and_upright(source, streaming):
-    upside_down = PIL.Image.Exif()
-    upside_down[0x0112] = 3
-    pixels = np.zeros((8, 8), np.uint8)
-    pixels[:4] = 200
-    files = {
-        "ant/0.png": encoded(PIL.Image.fromarray(pixels), exif=upside_down),
-        "bee/0.png": image_bytes(9, mode="L"),
-    }
-    rows = load(write_files(source, files), streaming=streaming).splits["train"]
-    turned, plain = (row["image"] for row in rows)
-    assert turned.getpixel((0, 0)) == (0, 0, 0) and turned.getpixel((0, 7)) == (200, 200, 200)
-    assert plain.getpixel((0, 0)) == (9, 9, 9)
 
 
 def test_places_without_labelled_images_are_named(source, tmp_path):

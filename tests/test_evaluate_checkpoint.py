@@ -3,36 +3,39 @@
 import json
 
 import numpy as np
-import PIL.Image
 import pytest
-from examples_in_process import CLASSES
-from timm_reference import perturb
+import torch
+from image_folders import CLASSES, image_bytes, write_files
 from transformers import pipeline
 
-from crossvit import CrossViTForImageClassification, CrossViTImageProcessor
+from crossvit import CrossViTForImageClassification
 
 
 @pytest.fixture
-def checkpoint(small_config, tmp_path):
+def small_config(small_config):
     small_config.id2label = dict(enumerate(["cow", "dog", "ant", "bee", "elk", "fox"]))
-    perturb(CrossViTForImageClassification(small_config)).save_pretrained(tmp_path / "model")
-    processor = CrossViTImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 36, "width": 36})
-    processor.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    return small_config
 
 
 @pytest.fixture
-def measure(example, checkpoint, zoo, tmp_path):
-    def run(*options, status=0) -> tuple[dict, str]:
-        arguments = ["--model", checkpoint, "--data", zoo, "--cpu", "--output", tmp_path / "results.json"]
-        code, output, errors = example("evaluate_checkpoint", *arguments, *options)
-        assert code == status, errors
-        if status:
-            assert "Traceback" not in errors
-            return {}, errors.strip().splitlines()[-1]
+def options(checkpoint, zoo, tmp_path):
+    return ["--model", checkpoint, "--data", zoo, "--cpu", "--output", tmp_path / "results.json"]
+
+
+@pytest.fixture
+def measure(example, options, tmp_path):
+    """Measures the accuracy with further options: the results, and what is printed."""
+
+    def run(*others) -> tuple[dict, str]:
+        output, _ = example("evaluate_checkpoint", *options, *others)
         return json.loads((tmp_path / "results.json").read_text()), output
 
     return run
+
+
+@pytest.fixture
+def refusal(failure, options):
+    return lambda *others: failure("evaluate_checkpoint", *options, *others)
 
 
 def test_it_is_the_accuracy_of_the_pipeline_by_the_names_of_the_classes(
@@ -56,25 +59,24 @@ def test_it_is_the_accuracy_of_the_pipeline_by_the_names_of_the_classes(
     assert not any((tmp_path / "here").iterdir())
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_is_measured_in_half_precision(measure, dtype, monkeypatch):
+def test_half_precision_is_measured_in_half_precision(measure, monkeypatch):
     dtypes = []
     forward = CrossViTForImageClassification.forward
 
     def spy(self, *args, **kwargs):
         outputs = forward(self, *args, **kwargs)
-        dtypes.append(str(outputs.logits.dtype))
+        dtypes.append(outputs.logits.dtype)
         return outputs
 
     monkeypatch.setattr(CrossViTForImageClassification, "forward", spy)
-    assert measure("--dtype", dtype)[0]["dtype"] == dtype and set(dtypes) == {f"torch.{dtype}"}
+    assert measure("--dtype", "bfloat16")[0]["dtype"] == "bfloat16" and set(dtypes) == {torch.bfloat16}
 
 
-def test_images_that_cannot_be_read_are_named(measure, zoo):
+def test_images_that_cannot_be_read_are_named(measure, refusal, zoo):
     (zoo / "train" / "cow" / "2.png").write_text("no image")
     assert measure()[0]["images"] == 9  # of another split
     (zoo / "validation" / "cow" / "2.png").write_text("no image")
-    message = measure(status=1)[1]
+    message = refusal()
     assert "1 of 9 images of 'validation' cannot be read" in message and "validation/cow/2.png" in message
 
 
@@ -87,21 +89,19 @@ def test_published_figures_stand_beside_those_of_a_converted_checkpoint(measure,
     assert measure()[0]["published"] is None
 
 
-def test_other_names_of_classes_are_never_guessed(measure, zoo):
+def test_other_names_of_classes_are_never_guessed(measure, refusal, zoo):
     for split in ("train", "validation"):
         for name in CLASSES:
             (zoo / split / name).rename(zoo / split / f"{name}s")
-    assert "the model has 6 classes ('cow', ...), the data has 3 others ('ants', ...)" in measure(status=1)[1]
-    for name in ("dogs", "elks", "foxes"):
-        (zoo / "validation" / name).mkdir()
-        PIL.Image.new("RGB", (40, 40)).save(zoo / "validation" / name / "0.png")
-    assert "the model has no class 'ants'" in measure(status=1)[1]
+    assert "the model has 6 classes ('cow', ...), the data has 3 others ('ants', ...)" in refusal()
+    write_files(zoo / "validation", {f"{name}/0.png": image_bytes() for name in ("dogs", "elks", "foxes")})
+    assert "the model has no class 'ants'" in refusal()
     results, output = measure("--by_order")
     assert "'ants' is 'cow'" in output and results["images"] == 12
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "wrong, message",
     [
         (["--split", "tset"], "--split is one of"),
         (["--data", "missing"], "missing: no data set"),
@@ -109,5 +109,5 @@ def test_other_names_of_classes_are_never_guessed(measure, zoo):
         (["--data", ""], "give --data"),
     ],
 )
-def test_what_is_wrong_is_named(measure, options, message):
-    assert message in measure(*options, status=1)[1]
+def test_what_is_wrong_is_named(refusal, wrong, message):
+    assert message in refusal(*wrong)

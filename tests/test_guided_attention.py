@@ -1,29 +1,23 @@
 """Masks guide the attention of a classifier: the loss, its gradient, the metric and the command."""
 
-import json
-
 import datasets
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 import transformers
-from examples_in_process import TINY_TRAINING, history
-from image_folders import encoded, write_files
+from examples_in_process import EXAMPLES, history, results
+from image_folders import encoded, write_rows
 from safetensors.torch import load_file
-from test_distributed_training import EXAMPLES, torchrun
-from transformers import TrainingArguments
+from small_training import CHECKPOINTING, accuracy, arguments
+from test_distributed_training import assert_same_weights, torchrun
 
 from crossvit import CrossViTConfig, CrossViTForImageClassification
 from crossvit.interpretability.rollout import attention_iou, attention_rollout
 from crossvit.training.data import ImageSource, LabelledImages
-from crossvit.training.guided_attention import GuidanceArguments, GuidedAttentionTrainer
+from crossvit.training.guided_attention import GuidedAttentionTrainer
 
 
-# Later releases of transformers have another name for it
-CHECKPOINTING = "activation_checkpointing"
-if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
-    CHECKPOINTING = "gradient_checkpointing"
 COLORS = ["blue", "green", "red"]
 
 
@@ -40,40 +34,37 @@ def draw_shape(label: int, generator: np.random.Generator, side: int = 48) -> tu
     return pixels.clip(0, 255).astype(np.uint8), mask
 
 
-def shapes(count: int, seed: int, side: int = 48) -> list[dict]:
+def shapes(count: int, seed: int) -> list[dict]:
     generator = np.random.default_rng(seed)
     rows = []
     for number in range(count):
-        pixels, mask = (torch.tensor(array) / 255 for array in draw_shape(number % 3, generator, side))
+        pixels, mask = (torch.tensor(array) / 255 for array in draw_shape(number % 3, generator))
         rows.append({"pixel_values": pixels.movedim(-1, 0) * 4 - 1, "labels": number % 3, "mask": mask})
     return rows
 
 
-def write_shapes(folder, splits=(("train", 24), ("validation", 9)), side: int = 40):
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of photos of the shapes, and of their masks."""
     generator = np.random.default_rng(0)
-    for split, count in splits:
+    for split, count in (("train", 24), ("validation", 9)):
         files, rows = {}, []
         for number in range(count):
-            pixels, mask = draw_shape(number % 3, generator, side)
+            pixels, mask = draw_shape(number % 3, generator, side=40)
             files[f"{number}.png"] = encoded(PIL.Image.fromarray(pixels))
             files[f"masks/{number}.png"] = encoded(PIL.Image.fromarray(mask))
             names = {"photo_file_name": f"{number}.png", "mask_file_name": f"masks/{number}.png"}
-            rows.append(json.dumps({**names, "label": COLORS[number % 3]}))
-        write_files(folder / split, {**files, "metadata.jsonl": "\n".join(rows).encode()})
-    return folder
+            rows.append({**names, "label": COLORS[number % 3]})
+        write_rows(tmp_path / "photos" / split, files, rows)
+    return tmp_path / "photos"
 
 
 def make_trainer(model, folder, train=None, evaluation=None, mask_weight=0.5, **options) -> GuidedAttentionTrainer:
-    args = TrainingArguments(
-        folder, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", logging_strategy="no",
-        remove_unused_columns=False, label_names=["labels"], **options,
-    )  # fmt: skip
+    options |= {"save_strategy": "no", "logging_strategy": "no"}
+    args = arguments(folder, remove_unused_columns=False, label_names=["labels"], **options)
     return GuidedAttentionTrainer(
-        model, args, mask_weight=mask_weight, train_dataset=train, eval_dataset=evaluation,
-        compute_metrics=lambda prediction: {
-            "accuracy": (prediction.predictions.argmax(-1) == prediction.label_ids).mean().item()
-        },
-    )  # fmt: skip
+        model, args, mask_weight=mask_weight, train_dataset=train, eval_dataset=evaluation, compute_metrics=accuracy
+    )
 
 
 def collated(rows) -> dict[str, torch.Tensor]:
@@ -87,7 +78,7 @@ def overlaps(model, rows) -> torch.Tensor:
 
 
 def test_guided_attention_is_on_the_objects_of_unseen_images(tmp_path):
-    results = {}
+    found = {}
     for weight in (0.0, 0.5):
         transformers.set_seed(0)
         config = CrossViTConfig(
@@ -100,13 +91,13 @@ def test_guided_attention_is_on_the_objects_of_unseen_images(tmp_path):
             per_device_train_batch_size=16, per_device_eval_batch_size=16,
         )  # fmt: skip
         trainer.train()
-        results[weight] = trainer.evaluate()
+        found[weight] = trainer.evaluate()
         # Of all images, the last batch being a short one
         with torch.no_grad():
-            assert results[weight]["eval_iou"] == pytest.approx(overlaps(model.eval(), unseen).mean().item(), abs=1e-6)
+            assert found[weight]["eval_iou"] == pytest.approx(overlaps(model.eval(), unseen).mean().item(), abs=1e-6)
         assert trainer.predict(unseen).predictions.shape == (50, 3)
-    assert results[0.5]["eval_iou"] >= results[0.0]["eval_iou"] + 0.2, results
-    assert results[0.5]["eval_accuracy"] >= results[0.0]["eval_accuracy"] >= 0.9, results
+    assert found[0.5]["eval_iou"] >= found[0.0]["eval_iou"] + 0.2, found
+    assert found[0.5]["eval_accuracy"] >= found[0.0]["eval_accuracy"] >= 0.9, found
 
 
 @pytest.mark.parametrize("kind", ["classes", "many labels"])
@@ -159,15 +150,9 @@ def test_guidance_needs_the_gradient_of_the_attention(small_config, tmp_path):
         train(1.0, reentrant=True)
 
 
-@pytest.fixture
-def photos(tmp_path, small_config):
-    return write_shapes(tmp_path / "photos")
-
-
 @pytest.mark.parametrize(
     "options",
     [
-        ["--mask_weight", "2"],
         ["--image_columns", "photo", "mask"],  # a mask may also be an image
         ["--mask_weight", "0"],
         ["--lora_rank", "2", "--average_decay", "0.9"],
@@ -177,12 +162,11 @@ def photos(tmp_path, small_config):
 )
 def test_the_command_reports_the_overlap(finetune, photos, options):
     folder = finetune("--mask_column", "mask", "--mask_weight", "2", "--num_train_epochs", "2", *options, data=photos)
-    results = json.loads((folder / "validation_results.json").read_text())
-    logged = history(folder, "eval_iou")
-    assert 0 < results["eval_iou"] < 1
-    # Merging adapters rounds: 1.5e-8 were measured
-    assert min(logged) - 1e-6 <= results["eval_iou"] <= max(logged) + 1e-6
-    assert results["eval_accuracy"] >= 0 and (folder / "validation_confusion.png").is_file()
+    found, logged = results(folder), history(folder, "eval_iou")
+    assert 0 < found["eval_iou"] < 1
+    # Merging adapters rounds: 1.5e-8 was measured
+    assert min(logged) - 1e-6 <= found["eval_iou"] <= max(logged) + 1e-6
+    assert found["eval_accuracy"] >= 0 and (folder / "validation_confusion.png").is_file()
     assert all(weight.isfinite().all() for weight in load_file(folder / "model.safetensors").values())
 
 
@@ -191,23 +175,20 @@ def test_masks_of_a_stream(finetune, photos, tmp_path):
     datasets.DatasetDict(images.splits).save_to_disk(tmp_path / "saved")  # with classes, as a stream needs them
     options = "--image_columns photo --mask_column mask --streaming --learning_rate 0 --weight_decay 0".split()
     options += ["--max_steps", "1", "--save_strategy", "no", "--eval_strategy", "no", "--load_best_model_at_end", "no"]
-    found = finetune(*options, data=tmp_path / "saved")
-    results = json.loads((found / "validation_results.json").read_text())
+    found = results(finetune(*options, data=tmp_path / "saved"))
     options.remove("--streaming")
-    expected = json.loads((finetune(*options, data=photos, output="other") / "validation_results.json").read_text())
-    assert results["eval_iou"] == pytest.approx(expected["eval_iou"], abs=1e-6)
+    expected = results(finetune(*options, data=photos, output="other"))
+    assert found["eval_iou"] == pytest.approx(expected["eval_iou"], abs=1e-6)
 
 
 @pytest.mark.slow
-def test_two_processes_are_guided_as_one(finetune, photos, tmp_path):
+def test_two_processes_are_guided_as_one(finetune, finetune_options, photos, tmp_path):
     options = "--optim sgd --learning_rate 0.1 --crop_scale 1 1 --horizontal_flip 0 --per_device_eval_batch_size 2"
     options = [*options.split(), *"--image_columns photo --mask_column mask --mask_weight 2".split()]
     one, two = finetune(*options, data=photos, output="one"), tmp_path / "two"
-    command = [EXAMPLES / "finetune.py", "--config", tmp_path / "config", "--data", photos, "--output_dir", two]
-    torchrun(*command, *TINY_TRAINING, *options, "--per_device_train_batch_size", "4")
-    weights, others = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
-    for name, weight in weights.items():
-        torch.testing.assert_close(others[name], weight, atol=1e-6, rtol=0)
+    options += ["--per_device_train_batch_size", "4"]
+    torchrun(EXAMPLES / "finetune.py", *finetune_options(*options, data=photos, output="two"))
+    assert_same_weights(two, one, atol=1e-6)
     np.testing.assert_allclose(history(two, "eval_iou"), history(one, "eval_iou"), atol=1e-6, rtol=0)
 
 
@@ -216,19 +197,10 @@ def test_two_processes_are_guided_as_one(finetune, photos, tmp_path):
     [
         (["--mask_weight", "0.1"], "--mask_weight 0.1: needs --mask_column, the column of the masks"),
         (["--mask_column", "mask", "--mask_weight", "-1"], "--mask_weight -1.0: must be 0 or more"),
-        (["--mask_column", "depth"], "has no column depth, only"),
+        (["--mask_column", "mask", "--mask_weight", "nan"], "--mask_weight nan: must be 0 or more"),
         (["--mask_column", "mask", "--mixup_alpha", "0.2"], "they do not mix masks"),
-        (["--mask_column", "mask", "--auto_augment", "rand-m9"], "`auto_augment` rand-m9 moves each image"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_wrong_options_are_named(example, photos, small_config, tmp_path, options, message):
-    small_config.save_pretrained(tmp_path / "config")
-    arguments = ["--config", tmp_path / "config", "--data", photos, "--output_dir", tmp_path / "out", *TINY_TRAINING]
-    status, _, errors = example("finetune", *arguments, "--image_columns", "photo", *options)
-    assert status in (1, 2) and message in errors.splitlines()[-1] and "Traceback" not in errors
-
-
-def test_a_weight_must_be_a_number():
-    with pytest.raises(ValueError, match="--mask_weight nan: must be 0 or more"):
-        GuidanceArguments("mask", float("nan"))
+def test_wrong_options_are_named(failure, finetune_options, photos, options, message):
+    assert message in failure("finetune", *finetune_options("--image_columns", "photo", *options, data=photos))

@@ -7,11 +7,8 @@ import PIL.Image
 import pytest
 import timm
 import torch
-from python_process import run_python
 from timm.data import create_transform, resolve_data_config
-from torchvision.transforms import functional as F
-from transformers.image_processing_backends import PilBackend, TorchvisionBackend
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+from transformers.image_utils import IMAGENET_DEFAULT_STD
 
 from crossvit.image_processing_crossvit import CrossViTImageProcessor
 from crossvit.image_processing_pil_crossvit import CrossViTImageProcessorPil
@@ -23,7 +20,7 @@ OPTIONS = {
     408: {"size": {"shortest_edge": 408}, "crop_size": {"height": 408, "width": 408}},
 }
 # Margins of every remainder modulo 4, whose halves are rounded to even, both orientations, extreme aspect ratios
-SIZES = [(301, 275), (275, 302), (303, 275), (304, 275), (274, 277), (1, 1), (1000, 3), (3, 200), (487, 391)]
+SIZES = [(301, 275), (275, 302), (303, 275), (304, 275), (274, 277), (1, 1), (61, 3), (3, 40), (487, 391)]
 
 
 def picture(height: int, width: int, kind: str = "noise") -> PIL.Image.Image:
@@ -66,19 +63,6 @@ def assert_equals_timm(processor, image: PIL.Image.Image, transform):
 # Against timm
 
 
-def test_timm_has_two_preprocessings():
-    """So the two checkpoints compared with here stand for all eleven."""
-    names = timm.list_pretrained("crossvit*")
-    configs = [resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict()) for name in names]
-    assert len(configs) == 11
-    statistics = (tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD))
-    keys = ("input_size", "crop_pct", "interpolation", "crop_mode", "mean", "std")
-    assert {tuple(config[key] for key in keys) for config in configs} == {
-        ((3, 240, 240), 0.875, "bicubic", "center", *statistics),
-        ((3, 408, 408), 1.0, "bicubic", "center", *statistics),
-    }
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("side", "kind"), [(240, "noise"), (240, "black and white"), (240, "photo"), (408, "black and white")]
@@ -115,20 +99,6 @@ def test_padding_equals_timm(shortest_edge, backend):
     processor = backend(size={"shortest_edge": shortest_edge})
     for height, width in [(130, 121), (121, 133), (99, 401)]:
         assert_equals_timm(processor, picture(height, width), transform)
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_torchvision_geometry_is_exact(size):
-    """The resized sides are torchvision's, and without a filter (do_resize=False) only float32 rounding is left."""
-    processor, image = CrossViTImageProcessor(), picture(*size)
-    resized = processor.resize(F.pil_to_tensor(image), processor.size, processor.resample)
-    assert resized.shape[-2:] == F.resize(image, 274).size[::-1]
-
-    cropped = F.center_crop(image, 240)
-    expected = F.normalize(F.to_tensor(cropped), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    values = processor(image, do_resize=False, return_tensors="pt").pixel_values[0]
-    # Measured 2.4e-7: bytes are divided by 255 * std in one step.
-    torch.testing.assert_close(values, expected, rtol=0, atol=1e-6)
 
 
 # Inputs
@@ -212,48 +182,6 @@ def test_number_of_channels_is_named(backend):
         backend()(np.zeros((8, 9, 5), np.uint8), input_data_format="channels_last")
 
 
-# Options and serialization
-
-
-class StockDefaults:
-    resample = PILImageResampling.BICUBIC
-    image_mean = IMAGENET_DEFAULT_MEAN
-    image_std = IMAGENET_DEFAULT_STD
-    size = {"shortest_edge": 274}
-    default_to_square = False
-    crop_size = {"height": 240, "width": 240}
-    do_resize = do_center_crop = do_rescale = do_normalize = do_convert_rgb = True
-
-
-class StockImageProcessor(StockDefaults, TorchvisionBackend):
-    pass
-
-
-class StockImageProcessorPil(StockDefaults, PilBackend):
-    pass
-
-
-@pytest.mark.parametrize(
-    "pair", [(CrossViTImageProcessor, StockImageProcessor), (CrossViTImageProcessorPil, StockImageProcessorPil)]
-)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"do_resize": False},
-        {"do_center_crop": False},
-        {"do_rescale": False, "do_normalize": False},
-        {"size": {"height": 250, "width": 260}, "resample": PILImageResampling.BILINEAR, "crop_size": 200},
-        {"do_convert_rgb": False},
-    ],
-    ids=str,
-)
-def test_other_options_are_those_of_every_processor(options, pair):
-    """Where margins are even, the rounding of the crop plays no part and the stock processor must give the same."""
-    image = picture(320, 300)
-    ours, stock = (processor()(image, return_tensors="pt", **options).pixel_values for processor in pair)
-    assert torch.equal(ours, stock)
-
-
 @pytest.mark.parametrize("side", OPTIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_save_load_keeps_pixel_values(backend, side, tmp_path):
@@ -276,28 +204,3 @@ def test_save_load_keeps_pixel_values(backend, side, tmp_path):
         assert type(loaded) is loader and json.loads(loaded.to_json_string()) == saved
     loaded = backend.from_pretrained(tmp_path)
     assert torch.equal(pixel_values(loaded, image), pixel_values(processor, image))
-
-
-def test_without_torchvision_images_are_processed_by_pil(tmp_path):
-    run_python(
-        """
-        import sys
-        sys.modules["torchvision"] = None  # an import of it fails from here on
-        import crossvit, PIL.Image, torch
-        from transformers import AutoImageProcessor, pipeline
-
-        try:
-            crossvit.CrossViTImageProcessor()
-        except ImportError as error:
-            assert "Torchvision" in str(error), error
-        crossvit.CrossViTImageProcessorPil().save_pretrained(".")
-        crossvit.CrossViTForImageClassification(crossvit.CrossViTConfig(depth=((1, 1, 0),))).save_pretrained(".")
-        image = PIL.Image.new("RGB", (300, 250))
-        assert crossvit.CrossViTImageProcessorPil.from_pretrained(".")(image).pixel_values[0].shape == (3, 240, 240)
-        if not getattr(AutoImageProcessor, "is_dummy", False):  # as in Transformers 5.10
-            assert type(AutoImageProcessor.from_pretrained(".")) is crossvit.CrossViTImageProcessorPil
-            assert len(pipeline("image-classification", model=".")(image)) == 2
-        assert {"datasets", "timm"}.isdisjoint(sys.modules)
-        """,
-        tmp_path,
-    )

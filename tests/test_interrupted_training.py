@@ -3,7 +3,7 @@
 import multiprocessing
 
 import pytest
-from examples_in_process import TINY_TRAINING, run_killed
+from examples_in_process import run_killed
 from test_finetune import same_weights
 
 
@@ -21,12 +21,9 @@ def context():
 
 
 @pytest.fixture
-def train(context, zoo, small_config, tmp_path):
-    small_config.save_pretrained(tmp_path / "config")
-
+def train(context, finetune_options):
     def run(output, event, *options) -> int:
-        arguments = ["--config", str(tmp_path / "config"), "--data", str(zoo), *TINY_TRAINING, *OPTIONS, *options]
-        arguments += ["--output_dir", str(tmp_path / output)]
+        arguments = map(str, finetune_options(*OPTIONS, *options, output=output))
         process = context.Process(target=run_killed, args=(event, "finetune", *arguments))
         process.start()
         process.join()
@@ -36,16 +33,11 @@ def train(context, zoo, small_config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options, events",
-    [([], (3, 9, 16)), (["--average_decay", "0.9"], (16,)), (["--lora_rank", "2"], (16,))],
-    ids=["plain", "average", "lora"],
+    "options, events", [([], (9, 16)), (["--average_decay", "0.9"], (16,))], ids=["plain", "average"]
 )
 def test_killed_and_started_again(train, tmp_path, options, events):
     """Checkpoints are written at the ends of epochs, so that random numbers go on as they would have."""
     assert train("whole", NEVER, *options) == 0
     assert [train("killed", event, *options) for event in events] == [-9] * len(events)
-    assert train("killed", NEVER, *options) == 0
-    assert same_weights(tmp_path / "whole", tmp_path / "killed")
-    # Once more changes nothing
     assert train("killed", NEVER, *options) == 0
     assert same_weights(tmp_path / "whole", tmp_path / "killed")

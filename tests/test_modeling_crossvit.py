@@ -3,6 +3,7 @@ import re
 
 import pytest
 import torch
+from accelerate import infer_auto_device_map
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from huggingface_hub.errors import StrictDataclassError
 from timm_reference import perturb
@@ -60,20 +61,6 @@ def test_outputs_are_those_of_the_documentation(model, pixel_values):
     torch.testing.assert_close(
         base.pooler_output[:, :24], model.crossvit.layernorms[0](outputs.hidden_states[-2])[:, 0]
     )
-
-
-@torch.no_grad()
-def test_attentions_are_those_that_made_the_tokens(model, pixel_values):
-    model.set_attn_implementation("eager")
-    outputs = model(pixel_values, output_hidden_states=True, output_attentions=True)
-    # The first fusion of stage 1 by hand, from the recorded map: the class token of branch 0 attends to branch 1
-    calls, layer = [], model.crossvit.stages[0].fusions[0].layers[0]
-    layer.register_forward_hook(lambda module, args, output: calls.append((args[0], output)))
-    model(pixel_values)
-    ((tokens, result),) = calls
-    values = layer.attention.v_proj(layer.layernorm(tokens)).unflatten(2, (4, 8)).transpose(1, 2)
-    attended = (outputs.cross_attentions[0] @ values).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(result, tokens[:, :1] + layer.attention.o_proj(attended))
 
 
 @torch.no_grad()
@@ -153,34 +140,27 @@ def test_interpolation_keeps_rows_rows_and_the_class_position(small_config):
 @torch.no_grad()
 @pytest.mark.parametrize("image_size", [(72, 64), ((36, 72), (32, 64)), ((54, 30), 48), 96])
 def test_resized_model_saves_and_loads(model, image_size, tmp_path):
-    config = copy.deepcopy(model.config)
-    config.image_size = image_size
-    pixel_values = torch.randn(2, 3, *config.image_sizes[0])
     before = copy.deepcopy(model)
     model.resize_position_embeddings(image_size)
     assert model.config.image_size == model.crossvit.config.image_size == image_size
-    outputs = model(pixel_values)
-
-    if image_size in ((72, 64), ((36, 72), (32, 64))):  # where each branch keeps its ratio both ways are one
-        interpolated = before(pixel_values, interpolate_pos_encoding=True)
-        torch.testing.assert_close(outputs.logits, interpolated.logits)
-    assert not torch.allclose(outputs.logits, before(pixel_values).logits)
+    assert all(positions.requires_grad for positions in model.get_position_embeddings())
+    sizes = model.config.image_sizes
+    pixel_values = torch.randn(2, 3, *sizes[0])
+    logits = model(pixel_values).logits
+    assert not torch.allclose(logits, before(pixel_values).logits)
+    if image_size in ((72, 64), ((36, 72), (32, 64))):  # each branch keeps its ratio to the first, as in interpolation
+        torch.testing.assert_close(logits, before(pixel_values, interpolate_pos_encoding=True).logits)
 
     model.save_pretrained(tmp_path)
     reloaded = CrossViTForImageClassification.from_pretrained(tmp_path)
-    assert reloaded.config.image_sizes == config.image_sizes
+    assert reloaded.config.image_sizes == sizes
     # The same weights elsewhere in memory may round otherwise: up to 3.6e-7 apart in models of this size
-    torch.testing.assert_close(reloaded(pixel_values).logits, outputs.logits, atol=1e-5, rtol=0)
-    for resized in (model, reloaded):  # the new sizes are those whose ratio interpolation keeps
-        scale = 2
-        images = torch.randn(1, 3, *(scale * side for side in config.image_sizes[0]))
+    torch.testing.assert_close(reloaded(pixel_values).logits, logits, atol=1e-5, rtol=0)
+    for resized in (model, reloaded):  # interpolation keeps the ratio of the new sizes
+        images = torch.randn(1, 3, *(2 * side for side in sizes[0]))
         states = resized(images, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states
-        for tokens, size, patch_size in zip(states, config.image_sizes, config.patch_size):
-            assert tokens.shape[1] - 1 == round(scale * size[0] / patch_size) * round(scale * size[1] / patch_size)
-
-    reloaded.resize_position_embeddings((36, 32))
-    assert reloaded.crossvit.embeddings[0].position_embeddings.shape == (1, 37, 24)
-    assert reloaded.crossvit.embeddings[0].position_embeddings.requires_grad
+        for tokens, (height, width), patch_size in zip(states, sizes, model.config.patch_size):
+            assert tokens.shape[1] - 1 == round(2 * height / patch_size) * round(2 * width / patch_size)
 
 
 @pytest.mark.parametrize("image_size", [(36,), (4, 32), (36, "32"), ((36, 36, 3), 32)])
@@ -199,7 +179,6 @@ def test_impossible_resizing_changes_nothing(model, image_size):
     [
         (None, "NoneType"),
         ([[0.0]], "list"),
-        (torch.rand(36, 36), "torch.float32 of shape (36, 36)"),
         (torch.rand(3, 36, 36), "torch.float32 of shape (3, 36, 36)"),
         (torch.rand(0, 3, 36, 36), "torch.float32 of shape (0, 3, 36, 36)"),
         (torch.rand(2, 1, 36, 36), "torch.float32 of shape (2, 1, 36, 36)"),
@@ -207,10 +186,7 @@ def test_impossible_resizing_changes_nothing(model, image_size):
         # An image for each branch
         (torch.rand(2, 3, 3, 36, 36), "torch.float32 of shape (2, 3, 3, 36, 36)"),
         (torch.rand(2, 0, 3, 36, 36), "torch.float32 of shape (2, 0, 3, 36, 36)"),
-        (torch.rand(0, 2, 3, 36, 36), "torch.float32 of shape (0, 2, 3, 36, 36)"),
         (torch.rand(2, 2, 1, 36, 36), "torch.float32 of shape (2, 2, 1, 36, 36)"),
-        (torch.rand(1, 2, 2, 3, 36, 36), "torch.float32 of shape (1, 2, 2, 3, 36, 36)"),
-        (torch.zeros(2, 2, 3, 36, 36, dtype=torch.int64), "torch.int64 of shape (2, 2, 3, 36, 36)"),
         ((torch.rand(2, 3, 36, 36),) * 2, "tuple"),
     ],
 )
@@ -289,19 +265,14 @@ class CalledLinear(torch.nn.Linear):
     """Not a plain linear layer, so that it is called."""
 
 
-def call_projections(model: torch.nn.Module):
-    """Makes the fusions call their projections of keys and values."""
-    for module in model.modules():
-        if isinstance(module, CrossViTCrossAttention):
-            module.k_proj.__class__ = CalledLinear
-
-
 @pytest.mark.parametrize("qkv_bias", [True, False])
 def test_absorbed_projections_change_neither_logits_nor_gradients(small_config, pixel_values, qkv_bias):
     small_config.depth, small_config.qkv_bias = ((1, 2, 0), (1, 1, 2)), qkv_bias
     model = perturb(CrossViTForImageClassification(small_config)).double()
     called = copy.deepcopy(model)
-    call_projections(called)
+    for module in called.modules():
+        if isinstance(module, CrossViTCrossAttention):
+            module.k_proj.__class__ = CalledLinear
 
     labels = torch.tensor([0, 1, 2])
     pixel_values = pixel_values.double().requires_grad_()
@@ -341,17 +312,13 @@ def test_projections_that_are_more_than_a_weight_are_called(model, name, change)
 @torch.no_grad()
 def test_eager_attention_calls_hooks_of_every_projection(model, pixel_values):
     attention = model.crossvit.stages[0].fusions[1].layers[0].attention
-    seen = []
+    shapes = []
     for projection in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
-        projection.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))
+        projection.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
     model.set_attn_implementation("eager")
     model(pixel_values)
-    assert seen == [
-        (3, 1, 24),
-        (3, 37, 24),
-        (3, 37, 24),
-        (3, 1, 24),
-    ]  # the class token among the other branch's tokens
+    # The query is the class token; the keys and values are the class token and the patches of the other branch
+    assert shapes == [(3, 1, 24), (3, 37, 24), (3, 37, 24), (3, 1, 24)]
 
 
 def test_fusions_drop_attention_weights_only_in_training(small_config, pixel_values):
@@ -376,7 +343,6 @@ def test_sdpa_can_use_fused_kernels(model, pixel_values):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 5e-2), (torch.float16, 5e-3)])
 def test_half_precision_is_close(model, pixel_values, dtype, tolerance):
     # Logits are up to 2; 1.2e-2 and 2e-3 were measured
-    expected = model(pixel_values).logits
     half = copy.deepcopy(model).to(dtype)
     for size in ((36, 36), (50, 30)):
         pixel_values = torch.nn.functional.interpolate(pixel_values, size)
@@ -393,8 +359,7 @@ IMAGE, IMAGE_FOR_EACH_BRANCH = (3, 54, 36), (2, 3, 54, 36)
 @pytest.mark.parametrize(
     "backend, options, shape",
     [
-        ("eager", {"output_hidden_states": True}, IMAGE),
-        ("eager", {"interpolate_pos_encoding": True}, IMAGE),
+        ("eager", {"output_hidden_states": True, "interpolate_pos_encoding": True}, IMAGE),
         ("eager", {}, IMAGE_FOR_EACH_BRANCH),
         pytest.param("inductor", {}, IMAGE, marks=pytest.mark.slow),
     ],
@@ -419,7 +384,9 @@ def test_compiles_without_a_graph_break(small_config, backend, options, shape):
 @pytest.mark.parametrize(
     "shape, interpolate_pos_encoding", [(IMAGE, False), (IMAGE, True), (IMAGE_FOR_EACH_BRANCH, False)]
 )
-def test_exports_with_a_dynamic_batch(model, shape, interpolate_pos_encoding):
+def test_exports_with_a_dynamic_batch(small_config, shape, interpolate_pos_encoding):
+    small_config.depth = ((1, 1, 0),)
+    model = perturb(CrossViTForImageClassification(small_config)).eval()
     pixel_values = torch.randn(2, *shape)
     exported = torch.export.export(
         model,
@@ -484,26 +451,20 @@ def test_inputs_require_gradients_in_every_branch(model, pixel_values):
     assert not model(pixel_values).logits.requires_grad
 
 
-@pytest.mark.parametrize(
-    "num_labels, labels, problem_type, loss_function",
-    [
-        (5, torch.tensor([4, 0, 2]), "single_label_classification", torch.nn.functional.cross_entropy),
-        (
-            5,
-            torch.eye(5)[:3] + torch.eye(5)[1:4],
-            "multi_label_classification",
-            torch.nn.functional.binary_cross_entropy_with_logits,
-        ),
-        (
-            1,
-            torch.tensor([0.5, -1.0, 2.0]),
-            "regression",
-            lambda logits, labels: (logits[:, 0] - labels).square().mean(),
-        ),
-    ],
-)
-def test_losses(small_config, pixel_values, num_labels, labels, problem_type, loss_function):
-    small_config.num_labels = num_labels
+LOSSES = {
+    "single_label_classification": (torch.tensor([4, 0, 2]), torch.nn.functional.cross_entropy),
+    "multi_label_classification": (
+        torch.eye(5)[:3] + torch.eye(5)[1:4],
+        torch.nn.functional.binary_cross_entropy_with_logits,
+    ),
+    "regression": (torch.tensor([[0.5], [-1.0], [2.0]]), torch.nn.functional.mse_loss),
+}
+
+
+@pytest.mark.parametrize("problem_type", LOSSES)
+def test_losses(small_config, pixel_values, problem_type):
+    labels, loss_function = LOSSES[problem_type]
+    small_config.num_labels = 1 if problem_type == "regression" else 5
     model = CrossViTForImageClassification(small_config).eval()
     outputs = model(pixel_values, labels=labels)
     torch.testing.assert_close(outputs.loss, loss_function(outputs.logits, labels))
@@ -520,52 +481,25 @@ def test_loss_is_divided_by_the_items_of_the_whole_batch(model, pixel_values):
 # Weights
 
 
-def test_missing_weights_are_initialized_as_at_the_start(model, tmp_path):
-    weights = {name: weight for name, weight in model.state_dict().items() if "stages.1" not in name}
-    model.save_pretrained(tmp_path, state_dict=dict(weights))
-    loaded = CrossViTForImageClassification.from_pretrained(tmp_path)
-    for name, parameter in loaded.named_parameters():
-        if "stages.1" not in name:
-            assert torch.equal(parameter, weights[name])
-        elif "layernorm" in name:
-            assert (parameter == name.endswith("weight")).all(), name
-        elif name.endswith("bias"):
-            assert (parameter == 0).all(), name
-        else:
-            assert parameter.std().item() == pytest.approx(0.02, rel=0.2), name
-
-
 def test_device_map_splits_no_layer(model):
-    accelerate = pytest.importorskip("accelerate")
-    size = sum(parameter.numel() * 4 for parameter in model.parameters())
-    device_map = accelerate.infer_auto_device_map(
-        model,
-        max_memory={0: size // 3, 1: size // 3, "cpu": size},
-        no_split_module_classes=list(model._no_split_modules),
-    )
-    assert len(set(device_map.values())) > 1
     # What takes its inputs to the device of its first weight: residuals and the tokens of two branches
-    assert {"CrossViTLayer", "CrossViTFusion", "CrossViTEmbeddings"} <= set(model._no_split_modules)
-
-    def devices_of(prefix: str) -> set:
-        return {
-            device
-            for name, device in device_map.items()
-            if f"{name}.".startswith(f"{prefix}.") or f"{prefix}.".startswith(f"{name}.") or name == ""
-        }
-
-    for name, module in model.named_modules():
-        if type(module).__name__ in model._no_split_modules:
-            assert len(devices_of(name)) == 1, (name, device_map)
+    size = sum(parameter.numel() * 4 for parameter in model.parameters())
+    for limit in range(size // 4, size, size // 20):
+        device_map = infer_auto_device_map(
+            model, max_memory={"cpu": limit}, no_split_module_classes=list(model._no_split_modules)
+        )
+        assert set(device_map.values()) == {"cpu", "disk"}
+        assert not [name for name in device_map if re.search(r"(embeddings|layers|fusions)\.\d+\.", name)]
 
 
 @torch.no_grad()
 def test_offloaded_model_gives_the_same_logits(model, pixel_values, tmp_path):
-    pytest.importorskip("accelerate")
     expected = model(pixel_values).logits
     model.save_pretrained(tmp_path / "model")
-    device_map = {"crossvit.embeddings": "cpu", "crossvit.layernorms": "disk", "classifier": "cpu"}
-    device_map |= {
+    device_map = {
+        "crossvit.embeddings": "cpu",
+        "crossvit.layernorms": "disk",
+        "classifier": "cpu",
         "crossvit.stages.0.branches": "cpu",
         "crossvit.stages.0.fusions": "disk",
         "crossvit.stages.1": "disk",

@@ -88,33 +88,6 @@ def test_rollout_is_the_product_of_joint_matrices_with_the_same_gradients(config
         torch.testing.assert_close(gradient / scale, expected_gradient / scale, rtol=0, atol=1e-6)
 
 
-def test_batch_has_the_rollout_of_its_images(config):
-    model = make_model(config)
-    pixel_values = torch.randn(3, config.num_branches, 3, 36, 36)
-    rollout = attention_rollout(model(pixel_values, output_attentions=True), config)
-    for index in range(3):
-        image = attention_rollout(model(pixel_values[index : index + 1], output_attentions=True), config)
-        for shares, expected in zip(rollout, image, strict=True):
-            # 2e-7 of a share was measured
-            torch.testing.assert_close(shares[index : index + 1], expected, rtol=1e-6, atol=0)
-
-
-def test_class_token_of_one_stage_depends_on_the_images_of_its_branch_and_the_next(small_config):
-    three_branches = ARCHITECTURES["three branches, two cross-attention layers"]
-    config = change(small_config, **{**three_branches, "depth": ((1, 2, 1, 2),)})
-    model = make_model(config)
-    pixel_values = torch.randn(2, 3, 3, 36, 36, requires_grad=True)
-    outputs = model(pixel_values, output_attentions=True)
-    for branch in range(3):
-        rollout = attention_rollout(outputs, config, branch)
-        next_branch, other_branch = (branch + 1) % 3, (branch + 2) % 3
-        assert (rollout[branch] > 0).all() and (rollout[next_branch][:, 1:] > 0).all()
-        assert (rollout[other_branch] == 0).all()
-        squares = rollout[branch].square().sum() + rollout[next_branch].square().sum()
-        (gradient,) = torch.autograd.grad(squares, pixel_values, retain_graph=True)
-        assert [bool(image.any()) for image in gradient.unbind(1)] == [index != other_branch for index in range(3)]
-
-
 @pytest.mark.parametrize("precision", ["autocast", "bfloat16"])
 def test_gradients_in_bfloat16_with_gradient_checkpointing(config, precision):
     pixel_values, masks = torch.randn(2, 3, 36, 36), torch.rand(2, 36, 36)
@@ -123,7 +96,7 @@ def test_gradients_in_bfloat16_with_gradient_checkpointing(config, precision):
     for checkpointing in (False, True):
         model = copy.deepcopy(original)
         if checkpointing:
-            # Older versions of Transformers have the second name only
+            # Earlier releases of transformers have only the second name
             enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
@@ -146,7 +119,8 @@ def test_gradients_in_bfloat16_with_gradient_checkpointing(config, precision):
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
-def test_compiled_model_has_the_same_rollout_and_gradients(model):
+def test_compiled_model_has_the_same_rollout_and_gradients(small_config):
+    model = make_model(change(small_config, depth=((1, 1, 0),)))
     compiled = torch.compile(model, backend="eager")
     pixel_values = torch.randn(2, 3, 36, 36, requires_grad=True)
     results = []
@@ -252,19 +226,3 @@ def test_overlap_with_interpolated_position_embeddings_is_refused(model):
     rollout = attention_rollout(outputs, model.config)
     with pytest.raises(ValueError, match="has 64 patches where images of the native size have 6 x 6"):
         attention_iou(rollout, torch.ones(1, 48, 48), model.config)
-
-
-def test_training_on_the_overlap_raises_it(model):
-    pixel_values = torch.randn(4, 3, 36, 36)
-    masks = torch.zeros(4, 36, 36)
-    masks[:, :, :18] = 1
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    overlaps = []
-    for _ in range(30):
-        outputs = model(pixel_values, output_attentions=True)
-        overlap = attention_iou(attention_rollout(outputs, model.config), masks, model.config).mean()
-        optimizer.zero_grad()
-        (1 - overlap).backward()
-        optimizer.step()
-        overlaps.append(overlap.item())
-    assert overlaps[-1] > overlaps[0] + 0.2  # from 0.49 to 0.85 was measured

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from small_training import accuracy, arguments
 from transformers import TrainerCallback, TrainingArguments
 
 from crossvit import CrossViTForImageClassification
@@ -13,14 +14,6 @@ from crossvit.training.trainer import CrossViTTrainer, last_usable_checkpoint
 
 def images_of(labels) -> list[dict]:
     return [{"pixel_values": torch.randn(3, 36, 36), "labels": label} for label in labels]
-
-
-def arguments(folder, **options) -> TrainingArguments:
-    return TrainingArguments(folder, report_to="none", use_cpu=True, disable_tqdm=True, **options)
-
-
-def accuracy(prediction) -> dict[str, float]:
-    return {"accuracy": (prediction.predictions.argmax(-1) == prediction.label_ids).mean().item()}
 
 
 @pytest.mark.parametrize("kind", ["classes", "probabilities", "many labels", "numbers"])
@@ -118,25 +111,19 @@ def test_the_average_is_what_is_evaluated_and_saved(small_config, tmp_path):
         torch.testing.assert_close(parameter.detach(), average[name], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda folder: (folder / "trainer_state.json").unlink(),
-        lambda folder: (folder / "trainer_state.json").write_text("{"),
-        lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9]),
-        lambda folder: (folder / "model.safetensors").write_bytes(b""),
-    ],
-    ids=["no state", "half a state", "half the weights", "no weights"],
-)
-def test_checkpoints_that_were_not_finished_are_not_used(small_config, tmp_path, damage):
-    args = arguments(tmp_path, max_steps=11, save_steps=1, save_total_limit=3)
+def test_checkpoints_that_were_not_finished_are_not_used(small_config, tmp_path):
+    args = arguments(tmp_path, max_steps=11, save_steps=1, save_total_limit=4)
     CrossViTTrainer(CrossViTForImageClassification(small_config), args, train_dataset=images_of([0, 1])).train()
     (tmp_path / "checkpoint-notes").mkdir()
     assert last_usable_checkpoint(tmp_path) == str(tmp_path / "checkpoint-11")
-    damage(tmp_path / "checkpoint-11")
+    (tmp_path / "checkpoint-11" / "trainer_state.json").unlink()
     assert last_usable_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-    damage(tmp_path / "checkpoint-10")
-    damage(tmp_path / "checkpoint-9")
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text("{")
+    assert last_usable_checkpoint(tmp_path) == str(tmp_path / "checkpoint-9")
+    weights = tmp_path / "checkpoint-9" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    assert last_usable_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
+    (tmp_path / "checkpoint-8" / "model.safetensors").write_bytes(b"")
     assert last_usable_checkpoint(tmp_path) is None
 
 

@@ -29,9 +29,17 @@ def perturb(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model
 
 
-def timm_variant(variant: dict, **kwargs) -> torch.nn.Module:
-    """timm's model of an entry of variants.json, with every weight moved, in evaluation mode."""
-    return perturb(timm.create_model(variant["timm_id"].removeprefix("timm/"), **kwargs)).eval()
+def timm_variant(variant: dict, seed: int = 0, **kwargs) -> torch.nn.Module:
+    """timm's model of an entry of variants.json with random weights, in evaluation mode."""
+    with torch.device("meta"):  # timm's initialization takes longer than most tests
+        model = timm.create_model(variant["timm_id"].removeprefix("timm/"), **kwargs)
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            torch.nn.init.zeros_(parameter)
+        if isinstance(module, torch.nn.LayerNorm):
+            torch.nn.init.ones_(module.weight)
+    return perturb(model, seed).eval()
 
 
 def timm_of_config(config: CrossViTConfig, **kwargs) -> torch.nn.Module:

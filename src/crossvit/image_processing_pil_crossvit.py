@@ -77,7 +77,8 @@ class CrossViTBaseImageProcessor(RemoteCodeMixin, BaseImageProcessor):
         """
         if do_convert_rgb:
             if isinstance(image, PIL.Image.Image):
-                image, input_data_format = np.array(image.convert("RGB")), ChannelDimension.LAST
+                image = image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+                image, input_data_format = np.array(image), ChannelDimension.LAST
             input_data_format = input_data_format or infer_channel_dimension_format(image, num_channels=(1, 3, 4))
         image = super().process_image(image, do_convert_rgb=False, input_data_format=input_data_format, **kwargs)
 
@@ -152,6 +153,8 @@ class CrossViTImageProcessorPil(CrossViTBaseImageProcessor, PilBackend):
         left = max(0, round((image.shape[-1] - size.width) / 2))
         image = image[..., top : top + size.height, left : left + size.width]
         pad_height, pad_width = size.height - image.shape[-2], size.width - image.shape[-1]
+        if pad_height == pad_width == 0:
+            return np.ascontiguousarray(image)  # which is rescaled and normalized faster than interleaved channels
         padding = [(pad_height // 2, (pad_height + 1) // 2), (pad_width // 2, (pad_width + 1) // 2)]
         return np.pad(image, [(0, 0), *padding])
 

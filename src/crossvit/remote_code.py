@@ -47,7 +47,7 @@ CODE_FILES = (
 
 
 def is_carried(reference: str | dict[str, str]) -> bool:
-    """Whether an entry of an `auto_map` is in one of our files in the checkpoint, not in a repository of its own."""
+    """Whether an entry of an `auto_map` is in one of our files in the checkpoint, not in another repository."""
     classes = reference.values() if isinstance(reference, dict) else (reference,)
     return all(f"{name.split('.')[0]}.py" in CODE_FILES for name in classes)
 

@@ -21,14 +21,14 @@ VARIANTS_FILE = Path(__file__).parents[2] / "conversion" / "variants.json"
 VARIANTS = {variant["name"]: variant for variant in json.loads(VARIANTS_FILE.read_text(encoding="utf-8"))}
 TASKS = ("inference", "training", "memory", "preprocessing", "loading", "pipeline")
 DTYPES = ("float32", "bfloat16")
-MODES = ("eager", "compiled", "reduce-overhead")
+MODES = ("eager", "compiled", "reduce-overhead", "checkpointing")
 BACKENDS = ("torchvision", "pil")
 PREPROCESSED_IMAGES = 32
 QUICK = {"variants": ["crossvit_tiny", "crossvit_9_dagger"], "batch_sizes": [8], "modes": ["eager"], "seconds": 2.0}
 
 # A cell, by its first columns of the table, is what all contenders do in turns
 CELL = ("variant", "task", "batch_size", "dtype", "mode", "attn_implementation")
-HEADER = (*CELL, "ours", "timm", "wrapper", "ours / timm", "ours / wrapper")
+HEADER = (*CELL, "ours", "timm", "wrapper", "ours / timm", "ours / wrapper", "first call, ours and timm")
 
 
 def positive_int(text: str) -> int:
@@ -46,7 +46,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--tasks", nargs="+", choices=TASKS, default=TASKS, help="memory is the peak of training steps")
     add("--batch_sizes", nargs="+", type=positive_int, default=[1, 8], help="images per step of a model")
     add("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="of weights and images")
-    add("--modes", nargs="+", choices=MODES, default=MODES[:2], help="the last is torch.compile with CUDA graphs")
+    add("--modes", nargs="+", choices=MODES, default=MODES[:2], help="reduce-overhead compiles with CUDA graphs")
     add("--attn_implementation", nargs="+", default=["sdpa"], help="one or more, of our model")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where the models run")
     add("--seconds", type=float, default=15.0, help="to time a cell, which takes at least three rounds")
@@ -97,10 +97,12 @@ def format_ratio(ours: list[float], theirs: list[float] | None) -> str:
 def format_row(record: dict[str, Any]) -> list[str]:
     row = [str(record[name] or "") for name in CELL]
     if "error" in record:
-        return [*row, f"failed: {record['error']}".replace("|", "/"), "", "", "", ""]
+        return [*row, f"failed: {record['error']}".replace("|", "/"), "", "", "", "", ""]
     ours, timm, wrapper = (record["values"].get(name) for name in ("ours", "timm", "wrapper"))
     row += [format_value(values, record["task"]) for values in (ours, timm, wrapper)]
-    return [*row, format_ratio(ours, timm), format_ratio(ours, wrapper)]
+    first_calls = record.get("first_calls") or {}
+    first = ", ".join(f"{first_calls[name]:.1f} s" for name in ("ours", "timm") if name in first_calls)
+    return [*row, format_ratio(ours, timm), format_ratio(ours, wrapper), first]
 
 
 def format_report(results: dict[str, Any]) -> str:

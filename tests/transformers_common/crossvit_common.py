@@ -2,7 +2,8 @@
 The common tests of Transformers at work on CrossViT. Started by `run.py`, which puts them on the path.
 
 Every override of a test says why a model of several branches, or one without text, needs it. Left out are the mixins
-for text, speech, video, processors and experts, and the one for memory, which holds no test.
+for text, speech, video, processors and experts, the one for memory, which has no tests, and the one for pipelines: it
+calls tests of each task that are not distributed, and tests/test_auto_classes.py runs both pipelines.
 """
 
 import base64
@@ -10,22 +11,19 @@ import copy
 import importlib.util
 import io
 import multiprocessing
-import re
 import subprocess
 import sys
 import tempfile
 import types
 import unittest
-from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, pipeline
+from transformers import AutoModelForCausalLM
 from transformers.testing_utils import torch_device
 
-import crossvit
 from crossvit import (
     CrossViTBackbone,
     CrossViTConfig,
@@ -79,23 +77,6 @@ def run_distributed(world_size: int):
     return decorate
 
 
-class PipelineTests:
-    """What the tests of pipelines ask of each task: a pipeline with examples, and what holds for its output."""
-
-    def get_test_pipeline(self, model, tokenizer, image_processor, dtype):
-        task = "image-classification" if hasattr(model, "classifier") else "image-feature-extraction"
-        return pipeline(task, model=model, image_processor=image_processor, dtype=dtype), [PHOTO, PHOTO.rotate(90)]
-
-    def run_pipeline_test(self, pipe, examples):
-        outputs = pipe(examples)
-        assert len(outputs) == len(examples)
-        for output in outputs:
-            if pipe.task == "image-classification":
-                assert {label["label"] for label in output} == set(pipe.model.config.id2label.values())
-            else:
-                assert np.shape(output) == (1, 17, 32)
-
-
 rows, columns = np.mgrid[:480, :640]
 PHOTO = Image.fromarray(np.stack((rows % 256, columns % 256, (rows + columns) // 8), axis=-1).astype(np.uint8))
 png = io.BytesIO()
@@ -127,11 +108,6 @@ provide(
     _set_rank_device=lambda rank: None,
     _start_rank_processes=start_processes,
 )
-(suite,) = importlib.util.find_spec("tests").submodule_search_locations
-for module, name in re.findall(
-    r"\.pipelines\.(\w+)(?:\.| import )(\w+PipelineTests)", Path(suite, "test_pipeline_mixin.py").read_text()
-):
-    provide(f"tests.pipelines.{module}", **{name: type(name, (PipelineTests,), {})})
 
 
 from tests import (  # noqa: E402
@@ -139,7 +115,6 @@ from tests import (  # noqa: E402
     test_configuration_common,
     test_image_processing_common,
     test_modeling_common,
-    test_pipeline_mixin,
     test_tensor_parallel_mixin,
     test_training_mixin,
 )
@@ -158,7 +133,6 @@ for mapping, model_class in {
 }.items():
     names = getattr(test_modeling_common, mapping)
     setattr(test_modeling_common, mapping, {**names, "crossvit": model_class.__name__})
-test_pipeline_mixin.transformers_module = crossvit
 # also in the script of a process that they start, where torchvision cannot be imported,
 test_image_processing_common.subprocess = types.SimpleNamespace(
     run=lambda command, **kwargs: subprocess.run(
@@ -318,28 +292,6 @@ class CrossViTBackboneTest(test_backbone_common.BackboneTesterMixin, unittest.Te
 
         with self.assertRaises(ValueError):
             CrossViTConfig(out_features=["stage1_0", "stage2_0"], out_indices=[0, 2])
-
-
-class CrossViTPipelineTest(test_pipeline_mixin.PipelineTesterMixin, unittest.TestCase):
-    pipeline_model_mapping = {
-        "image-classification": CrossViTForImageClassification,
-        "image-feature-extraction": CrossViTModel,
-    }
-
-    @classmethod
-    def setUpClass(cls):
-        # Checkpoints in a folder in place of the tiny ones on the Hub
-        folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(folder.cleanup)
-        image_processors = (CrossViTImageProcessor, CrossViTImageProcessorPil)
-        for model_class in cls.pipeline_model_mapping.values():
-            for part in (model_class(CrossViTModelTester().get_config()), CrossViTImageProcessor()):
-                part.save_pretrained(Path(folder.name, "crossvit", model_class.__name__))
-            test_pipeline_mixin.tiny_model_summary[model_class.__name__] = {
-                "tokenizer_classes": [],
-                "processor_classes": [processor.__name__ for processor in image_processors],
-            }
-        test_pipeline_mixin.TRANSFORMERS_TINY_MODEL_PATH = folder.name
 
 
 class CrossViTImageProcessingTester:

@@ -19,7 +19,7 @@ maps.self_attention(branch=0)                    # of the class token in the las
 maps.cross_attention(branch=1, stage=0, head=2)  # of the class token of branch 1 to the patches of branch 0
 maps.rollout().on_image()                        # (height, width) of the image
 
-maps = AttentionMaps(model, image_processor, (photo, mask))  # an image of its own for each branch
+maps = AttentionMaps(model, image_processor, (photo, mask))  # a separate image for each branch
 maps.rollout().on_image(branch=1)                            # (height, width) of the mask
 ```
 """
@@ -171,7 +171,7 @@ class AttentionMap:
 
 class AttentionMaps:
     """
-    The attention of a model for one image, or for an image of its own for each branch. The model runs once, with eager
+    The attention of a model for one image, or for a separate image for each branch. The model runs once, with eager
     attention and without dropout, since other attention implementations do not return weights; afterwards its settings
     are restored. Threads may share a model that was loaded with `attn_implementation="eager"` and is in evaluation
     mode.
@@ -217,8 +217,8 @@ class AttentionMaps:
                 return_dict=True,
             )
         self._stages = attention_weights_by_stage(self.outputs, self.config)
-        self.images = images if is_per_branch else images * self.config.num_branches
-        self.crops = crops if is_per_branch else crops * self.config.num_branches
+        repeats = 1 if is_per_branch else self.config.num_branches
+        self.images, self.crops = images * repeats, crops * repeats
         height, width = pixel_values.shape[-2:]
         self.grid_sizes = [
             embeddings.get_grid_size(embeddings.get_image_size(height, width, interpolate_pos_encoding))
@@ -352,6 +352,3 @@ def select_head(weights: torch.Tensor, head: int | None) -> np.ndarray:
     """(1, heads, queries, keys) -> (queries, keys) of a head, or the mean of all heads"""
     heads = weights[0] if head is None else select("head", head, weights[0]).unsqueeze(0)
     return heads.cpu().double().mean(dim=0).numpy()
-
-
-__all__ = ["AttentionMap", "AttentionMaps", "CropRegion"]

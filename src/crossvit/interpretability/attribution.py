@@ -83,6 +83,3 @@ class TokensToMaps:
             )
         # (batch, 1 + patches, dim) -> (batch, dim, rows, columns)
         return tokens[:, 1:].transpose(1, 2).unflatten(2, *grid_sizes)
-
-
-__all__ = ["LogitsModel", "TokensToMaps"]

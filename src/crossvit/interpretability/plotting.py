@@ -176,6 +176,3 @@ def draw_rows(rows: Sequence[Sequence[Picture | Scores | None]], heat: bool = Fa
         bar.minorticks_off()
         bar.set_label("attention to a place, relative to uniform attention")
     return figure
-
-
-__all__ = ["MAX_HEAT", "Picture", "Scores", "display_size", "draw_attention", "draw_rows", "overlay"]

@@ -159,6 +159,3 @@ def select(name: str, index: int, entries: Any, where: str = "") -> Any:
     if not -len(entries) <= index < len(entries):
         raise ValueError(f"`{name}={index}` is out of range: there are {len(entries)}{where}, counted from 0.")
     return entries[index]
-
-
-__all__ = ["attention_iou", "attention_rollout"]

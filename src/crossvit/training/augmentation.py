@@ -144,7 +144,8 @@ class TrainingTransform:
         if self.mask_column is not None:
             batch["mask"] = []
         for number, images in enumerate(zip(*(rows[column] for column in self.image_columns))):
-            row: list[Any] = resized_to_first(images)
+            # torchvision moves several images together only if they have the same size
+            row: list[Any] = [image.resize(images[0].size, PIL.Image.Resampling.BICUBIC) for image in images]
             if self.mask_column is not None:
                 mask = as_mask(rows[self.mask_column][number], images[0])
                 row.append(tv_tensors.Mask(v2.functional.pil_to_tensor(mask)))
@@ -154,12 +155,6 @@ class TrainingTransform:
             pixel_values = [self.finish(image) for image in row]
             batch["pixel_values"].append(torch.stack(pixel_values) if len(row) > 1 else pixel_values[0])
         return batch
-
-
-def resized_to_first(images: Sequence[PIL.Image.Image]) -> list[PIL.Image.Image]:
-    """The images of a row in the size of the first, as torchvision's transforms of several images need them."""
-    size = images[0].size
-    return [image if image.size == size else image.resize(size, PIL.Image.Resampling.BICUBIC) for image in images]
 
 
 def as_mask(mask: PIL.Image.Image, image: PIL.Image.Image) -> PIL.Image.Image:
@@ -179,8 +174,7 @@ class EvaluationTransform:
         self.processor, self.image_columns, self.mask_column = processor, image_columns, mask_column
 
     def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        first = rows[self.image_columns[0]]
-        images = first
+        images = first = rows[self.image_columns[0]]
         if len(self.image_columns) > 1:
             images = list(zip(*(rows[column] for column in self.image_columns)))
         batch = {"pixel_values": self.processor(images, return_tensors="pt")["pixel_values"], "labels": rows["labels"]}

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 import PIL.Image
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
@@ -81,6 +82,24 @@ class DataArguments(ImageSource):
     )
 
 
+class PhotoFolder(ImageFolder):
+    """A folder of images, which may be AVIF; `ImageFolder` leaves these out."""
+
+    EXTENSIONS = [*ImageFolder.EXTENSIONS, ".avif"]
+
+
+class PhotoColumn(datasets.Image):
+    """A column of images of the [`image_formats`]; `datasets.Image` opens files of all formats that Pillow has."""
+
+    def decode_example(self, value: dict[str, Any], token_per_repo_id: Any = None) -> Any:
+        content = value["bytes"]
+        if content is None:
+            with fsspec.open(value["path"], "rb") as file:  # of a stream, it may be on the Hub
+                content = file.read()
+        with PIL.Image.open(io.BytesIO(content), formats=image_formats()):  # reads only the header
+            return super().decode_example({**value, "bytes": content}, token_per_repo_id)
+
+
 @dataclass
 class LabelledImages:
     """
@@ -121,13 +140,13 @@ class LabelledImages:
         for name, split in splits.items():
             if split.features["labels"] != feature:
                 raise CommandError(f"{source.data}: the classes of {name!r} differ from those of the other splits")
-        if not isinstance(feature.feature if multi_label else feature, datasets.ClassLabel):
+        if not isinstance(getattr(feature, "feature", feature), datasets.ClassLabel):
             splits = with_class_labels(source, splits, feature)
             feature = next(iter(splits.values())).features["labels"]
         test = splits.get("test")
         if isinstance(test, datasets.Dataset) and not multi_label and set(test["labels"]) == {-1}:
             del splits["test"]
-        class_names = list((feature.feature if multi_label else feature).names)
+        class_names = list(getattr(feature, "feature", feature).names)
         images = cls(splits, class_names, multi_label, image_columns, mask_column)
         images.check_labels()
         return images
@@ -269,26 +288,29 @@ def load_splits(source: ImageSource) -> dict[str, Any]:
 
 def load_image_folder(folder: Path, streaming: bool) -> dict[str, Any]:
     """
-    Loads a folder with "imagefolder". Only top-level folders make splits: from a file name such as `unit-test.png`,
+    Loads a folder of images. Only top-level folders make splits: from a file name such as `unit-test.png`,
     `datasets` would infer a split "test" and drop all other images.
     """
     on_disk = find_images(folder)
     patterns = {name: f"{glob.escape(str(path))}/**" for name, path in split_folders(folder).items()}
-    splits = datasets.load_dataset("imagefolder", data_files=patterns, streaming=streaming)
-    if not streaming:
-        found = set()
-        for split in splits.values():
-            for column in columns_of_images(split.features):
-                rows = split.cast_column(column, datasets.Image(decode=False))[column]
-                found |= {os.path.normpath(row["path"]) for row in rows if row}
-        if unknown := on_disk - found:
-            raise CommandError(
-                f"{folder}: {len(unknown)} of {len(on_disk)} image files are not in the data set that `datasets` makes"
-                f" of it, such as {some(sorted(unknown))}: put each image into the folder of its class, at the same"
-                " depth, or name it in metadata.jsonl"
-            )
-        if missing := found - on_disk:
-            raise CommandError(f"{folder}: the metadata names files that are not there: {some(sorted(missing))}")
+    builder = PhotoFolder(dataset_name="photo_folder", data_files=patterns)
+    if streaming:
+        return builder.as_streaming_dataset()
+    builder.download_and_prepare()
+    splits = builder.as_dataset()
+    found = set()
+    for split in splits.values():
+        for column in columns_of_images(split.features):
+            rows = split.cast_column(column, datasets.Image(decode=False))[column]
+            found |= {os.path.normpath(row["path"]) for row in rows if row}
+    if unknown := on_disk - found:
+        raise CommandError(
+            f"{folder}: {len(unknown)} of {len(on_disk)} image files are not in the data set that `datasets` makes"
+            f" of it, such as {some(sorted(unknown))}: put each image into the folder of its class, at the same"
+            " depth, or name it in metadata.jsonl"
+        )
+    if missing := found - on_disk:
+        raise CommandError(f"{folder}: the metadata names files that are not there: {some(sorted(missing))}")
     return splits
 
 
@@ -298,7 +320,7 @@ def find_images(folder: Path) -> set[str]:
     for path, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith((".", "__"))]
         found = [
-            name for name in files if not name.startswith(".") and Path(name).suffix.lower() in ImageFolder.EXTENSIONS
+            name for name in files if not name.startswith(".") and Path(name).suffix.lower() in PhotoFolder.EXTENSIONS
         ]
         if not found and not folders:
             raise CommandError(f"{path}: a folder without images; remove it, or put images into it")
@@ -342,7 +364,7 @@ def select_columns(
                 " name the columns with --image_columns and --label_column"
             )
         for column in columns:
-            split = split.cast_column(column, datasets.Image(mode="RGB"))
+            split = split.cast_column(column, PhotoColumn(mode="RGB"))
         split = split.select_columns([*columns, label_column])
         # After the casts: renaming a column of a stream decodes its images
         splits[name] = split if label_column == "labels" else split.rename_column(label_column, "labels")
@@ -361,7 +383,7 @@ def only_column(source: str, kind: str, features: datasets.Features) -> str:
         columns = [name for name, feature in classes.items() if isinstance(feature, datasets.ClassLabel)]
     columns = columns if len(columns) == 1 else [name for name in (kind, f"{kind}s") if name in features]
     if len(columns) != 1:
-        remedy = "name it with --label_column, or put the images of each class, two or more, in a folder of its own"
+        remedy = "name it with --label_column, or put the images of each class, two or more, into a separate folder"
         if kind == "image":
             remedy = "name one with --image_columns, or one for each branch"
         raise CommandError(f"{source}: which column has the {kind}s? It has {', '.join(features)}; {remedy}")
@@ -371,7 +393,7 @@ def only_column(source: str, kind: str, features: datasets.Features) -> str:
 def with_class_labels(source: ImageSource, splits: dict[str, Any], feature: Any) -> dict[str, Any]:
     """The splits with classes instead of texts or whole numbers: the values that occur in the first split."""
     multi_label = hasattr(feature, "feature")
-    dtype = str(getattr(feature.feature if multi_label else feature, "dtype", None))
+    dtype = str(getattr(getattr(feature, "feature", feature), "dtype", None))
     if source.streaming or not (dtype in ("string", "large_string", "bool") or "int" in dtype):
         raise CommandError(
             f"{source.data}: labels must be names of classes or whole numbers, those of a stream a ClassLabel column,"
@@ -402,11 +424,8 @@ def inspect_image(image: dict[str, Any] | None, is_mask: bool) -> dict[str, Any]
     if image is None:
         return {"problem": "without an image", "transparent": False}
     problem, transparent = "", False
-    content = image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
     try:
-        with PIL.Image.open(content, formats=image_formats()):  # reads only the header
-            pass
-        decoded = datasets.Image().decode_example(image)
+        decoded = PhotoColumn().decode_example(image)
     except Exception as error:  # formats raise errors of many types
         problem = str(error)
     else:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 from transformers import TrainingArguments, set_seed
 
 from .augmentation import AugmentationArguments, Collator, EvaluationTransform, TrainingTransform
@@ -39,6 +40,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "report_to": ["tensorboard"],
     "remove_unused_columns": False,  # the transforms need the images
     "label_names": ["labels"],
+    "use_cpu": not torch.accelerator.is_available(),  # otherwise --bf16 is refused there
 }
 
 
@@ -169,7 +171,7 @@ def finish(trainer: CrossViTTrainer, images: LabelledImages, data: DataArguments
         trainer.save_metrics(name, prediction.metrics)
         if trainer.args.should_save and not images.multi_label:
             save_confusion_matrix(output / f"{name}_confusion.png", prediction, images.class_names)
-    # Otherwise the card would call a folder of images "imagefolder", a data set of the Hub
+    # Otherwise the card would name a folder of images after the class that reads it
     card: dict[str, Any] = {"dataset": Path(data.data).resolve().name, "dataset_tags": [], "dataset_args": []}
     if not Path(data.data).expanduser().exists():
         card = {"dataset": data.data, "dataset_tags": data.data}
@@ -179,14 +181,3 @@ def finish(trainer: CrossViTTrainer, images: LabelledImages, data: DataArguments
         trainer.create_model_card(**card)
     if trainer.args.should_save:
         print(f"Saved the model and its image processor in {output}", flush=True)
-
-
-__all__ = [
-    "TRAINING_DEFAULTS",
-    "check_image_columns",
-    "finish",
-    "make_trainer",
-    "prepare_images",
-    "train",
-    "transformed",
-]
