@@ -10,13 +10,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
 import timm
 import torch
+from reference import VARIANTS
 from reference_files import timm_repository
+from torch.utils.flop_counter import FlopCounterMode
 
 import crossvit
 from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
@@ -148,6 +151,24 @@ def test_commands_have_scripts_and_options_that_exist(options_of):
         assert (ROOT / script).is_file(), f"{page}: there is no {script}"
         unknown = set(options) - options_of(script) if options else None
         assert not unknown, f"{page}: {script} has no options {unknown}"
+
+
+def test_table_of_variants():
+    """Parameters, multiply-adds and image sizes are those of the models, accuracies those of variants.json."""
+    columns = r"`(\w+)` \| ([\d.]+) M \| ([\d.]+) G \| (\d+), (\d+) \| ([\d.]+) \| ([\d.]+)"
+    rows = re.findall(rf"^\| {columns} \|", PAGES["README.md"], flags=re.MULTILINE)
+    assert [name for name, *_ in rows] == list(VARIANTS)
+    for name, parameters, multiply_adds, *numbers in rows:
+        config = CrossViTConfig(**VARIANTS[name]["config"], num_labels=1000)
+        with torch.device("meta"):
+            model: Any = CrossViTForImageClassification._from_config(config, attn_implementation="eager").eval()
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                model(torch.empty(1, 3, *config.image_sizes[0]))
+        assert parameters == f"{model.num_parameters() / 1e6:.1f}", name
+        assert multiply_adds == f"{counter.get_total_flops() / 2e9:.1f}", name
+        top1 = VARIANTS[name]["imagenet_top1"]
+        sizes = [str(size) for size, _ in config.image_sizes]
+        assert numbers == [*sizes, f"{top1['paper']:.1f}", f"{top1['timm']:.1f}"], name
 
 
 def test_every_script_is_documented():

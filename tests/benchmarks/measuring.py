@@ -1,5 +1,6 @@
 """The contenders of the benchmark, the work that they do, and how it is checked and measured."""
 
+import copy
 import os
 import platform
 import re
@@ -233,6 +234,15 @@ def time_in_turns(steps: dict[str, Step], seconds: float) -> dict[str, list[floa
     return times
 
 
+def measure_first_call(name: str, cell: Cell) -> float:
+    """The seconds of the first step, which compiles the model, in this process, which must be a fresh one."""
+    torch._inductor.config.force_disable_caches = True  # contenders share kernels
+    step = make_model_step(name, cell)
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
 def measure_peak_memory(name: str, cell: Cell) -> tuple[int, np.ndarray]:
     """
     The bytes that a model and two training steps take at most in this process, which must be a fresh one, and the
@@ -277,8 +287,9 @@ def measure(cell: Cell, seconds: float) -> dict[str, Any]:
         logits = {name: torch.from_numpy(values) for name, (_, values) in found.items()}
         peaks = {name: [peak] for name, (peak, _) in found.items()}
         return {"values": peaks, "difference": check_agreement(logits, tolerance)}
-    outcomes: dict[str, Any] = {}
     first_calls: dict[str, float] = {}
+    if cell.mode in COMPILE_MODES:
+        first_calls = {name: run_in_fresh_process(measure_first_call, name, cell) for name in CONTENDERS}
     with tempfile.TemporaryDirectory() as folder:
         if cell.task == "preprocessing":
             steps = make_preprocessing_steps(cell)
@@ -288,12 +299,8 @@ def measure(cell: Cell, seconds: float) -> dict[str, Any]:
             steps = make_loading_steps(cell, Path(folder))
         else:
             steps = {name: make_model_step(name, cell) for name in CONTENDERS}
-        for name, step in steps.items():
-            start = time.perf_counter()
-            outcomes[name] = step()
-            if cell.mode in COMPILE_MODES:
-                outcomes[name] = outcomes[name].clone()  # CUDA graphs overwrite it
-                first_calls[name] = time.perf_counter() - start
+        # A copy, since CUDA graphs write into the same memory again
+        outcomes = {name: copy.deepcopy(step()) for name, step in steps.items()}
         if cell.task == "loading":
             with torch.no_grad():
                 outcomes = {name: get_logits(model(make_inputs(cell)[0].cpu())) for name, model in outcomes.items()}
