@@ -77,8 +77,7 @@ class CrossViTBaseImageProcessor(RemoteCodeMixin, BaseImageProcessor):
         """
         if do_convert_rgb:
             if isinstance(image, PIL.Image.Image):
-                image = image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
-                image, input_data_format = np.array(image), ChannelDimension.LAST
+                image, input_data_format = np.array(image.convert("RGB")), ChannelDimension.LAST
             input_data_format = input_data_format or infer_channel_dimension_format(image, num_channels=(1, 3, 4))
         image = super().process_image(image, do_convert_rgb=False, input_data_format=input_data_format, **kwargs)
 
@@ -134,6 +133,11 @@ class CrossViTBaseImageProcessor(RemoteCodeMixin, BaseImageProcessor):
         return (read_image_processor_config(config) if is_timm_config(config) else config), kwargs
 
 
+def to_array(image: Any) -> np.ndarray:
+    """(channels, height, width) of an RGB image of PIL; arrays are returned as they are."""
+    return np.moveaxis(np.array(image), -1, 0) if isinstance(image, PIL.Image.Image) else image
+
+
 class CrossViTImageProcessorPil(CrossViTBaseImageProcessor, PilBackend):
     """
     Image processor of CrossViT on PIL and NumPy. Its `pixel_values` of shape (batch, 3, height, width) equal those of
@@ -142,6 +146,29 @@ class CrossViTImageProcessorPil(CrossViTBaseImageProcessor, PilBackend):
     options of every image processor (see `ImagesKwargs`); sizes are in pixels. A list of tuples of images, one for
     each branch, becomes `pixel_values` of shape (batch, branches, 3, height, width).
     """
+
+    def process_image(self, image: Any, do_convert_rgb: bool | None = None, **kwargs) -> Any:
+        """As in the base class, but PIL images are not turned into arrays yet, since PIL resizes them."""
+        if do_convert_rgb and isinstance(image, PIL.Image.Image):
+            return image if image.mode == "RGB" else image.convert("RGB")
+        return super().process_image(image, do_convert_rgb, **kwargs)
+
+    def _preprocess(self, images: list[Any], do_resize: bool, **kwargs) -> BatchFeature:
+        if not do_resize:
+            images = [to_array(image) for image in images]
+        return super()._preprocess(images, do_resize=do_resize, **kwargs)
+
+    def resize(self, image: Any, size: SizeDict, **kwargs) -> np.ndarray:
+        """
+        Resizes a PIL image or an array (channels, height, width) to (channels, size.height, size.width), or its
+        shorter edge to `size.shortest_edge` pixels and the longer one in proportion, rounded down.
+        """
+        if isinstance(image, PIL.Image.Image) and size.shortest_edge and not size.longest_edge:
+            width, height = (int(size.shortest_edge * side / min(image.size)) for side in image.size)
+            size = SizeDict(height=height, width=width)
+        elif not (size.height and size.width):
+            image = to_array(image)  # the base class reads the sizes of arrays
+        return super().resize(image, size, **kwargs)
 
     def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs) -> np.ndarray:
         """
