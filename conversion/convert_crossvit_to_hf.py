@@ -12,8 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Converts CrossViT weights of the authors' code or of timm to a checkpoint of Transformers. The logits are compared with
-those of timm's model first; nothing is written if they differ.
+Converts CrossViT weights from the authors' code or timm to a Transformers checkpoint. The logits are first compared
+with those of timm's model; nothing is written if they differ.
 
     python conversion/convert_crossvit_to_hf.py crossvit_15 checkpoints/crossvit_15            # timm's, from the Hub
     python conversion/convert_crossvit_to_hf.py crossvit_9_224.pth checkpoints/crossvit_9      # the authors'

@@ -12,8 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Converts a checkpoint of Transformers to one of timm, or of the authors' code: the same weights, bit by bit. The logits
-are compared with those of timm's model first; nothing is written if they differ.
+Converts a Transformers checkpoint to one for timm or the authors' code. The weights stay the same, bit for bit. The
+logits are first compared with those of timm's model; nothing is written if they differ.
 
     python conversion/convert_hf_to_timm.py my-crossvit my-timm-crossvit
     python conversion/convert_hf_to_timm.py me/my-crossvit my-ibm-crossvit --format ibm

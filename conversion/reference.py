@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What both directions share: timm's CrossViT, the names of its weights, and the comparison of the logits."""
+"""Code shared by both conversions: timm's CrossViT, the names of its weights, and the comparison of the logits."""
 
 import copy
 import json

@@ -11,15 +11,15 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A web page on which visitors try a CrossViT on their own images: predictions and attention maps.
+"""A web page where visitors can try a CrossViT on their own images: predictions and attention maps.
 
     pip install -e ".[app]"
     python examples/app.py                                         # published weights
     python examples/app.py --model outputs/photos                  # or another folder or model of the Hub
     python examples/app.py --model my-crossvit --space my-space    # writes a folder that is a Space of the Hub
 
-Images are decoded in memory. Uploaded files are deleted after one to two minutes, what is kept of an image after
-fifteen minutes, or when a hundred later visitors have come.
+Images are decoded in memory. Uploaded files are deleted after one to two minutes. The image and maps on the
+page are deleted after fifteen minutes, or once a hundred more visitors have come.
 """
 
 import argparse

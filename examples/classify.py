@@ -16,7 +16,7 @@
     python examples/classify.py photo.jpg --model outputs/photos
     python examples/classify.py photos more/dog.jpg --output labels.csv      # folders with their subfolders, too
 
-Files that cannot be read are named and left out.
+Files that cannot be read are reported and skipped.
 """
 
 import argparse

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What the commands share: options, models, images, errors of one line, and an end without a trace for Ctrl-C."""
+"""Code shared by the commands: options, models, images, one-line errors, and Ctrl-C without a traceback."""
 
 import argparse
 import sys

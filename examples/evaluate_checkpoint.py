@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Measures the accuracy of a CrossViT on labelled images: a folder, a saved data set or the Hub, streaming too.
+"""Measures a CrossViT's accuracy on labelled images from a folder, a saved data set or the Hub, optionally streamed.
 
 python examples/evaluate_checkpoint.py --model timm/crossvit_15_240.in1k --data imagenet/val --dtype bfloat16
 torchrun --nproc_per_node 8 examples/evaluate_checkpoint.py ...      # on several devices, with the same result

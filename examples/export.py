@@ -16,9 +16,9 @@
     python examples/export.py --data photos                                 # published weights
     python examples/export.py --data photos --model outputs/finetune --formats onnx openvino openvino-int8
 
-Images come from a folder or the Hub and are divided as finetune.py divides them: training images calibrate int8,
-held-out images measure accuracy. In float32, the logits of the programs must be those of the model. The README.md
-beside the programs says how to run each. Needs transformers 5.23 or later.
+Images come from a folder or the Hub and are split as in finetune.py: training images calibrate int8,
+held-out images measure accuracy. In float32, the logits of the programs must match the model's. The README.md
+beside the programs says how to run each of them. Needs transformers 5.23 or later.
 """
 
 from __future__ import annotations

@@ -11,11 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Fine-tunes a CrossViT on images of your own, from a folder, a saved data set or the Hub; or trains a fresh one.
+"""Fine-tunes a CrossViT on your own images, from a folder, a saved data set or the Hub, or trains one from scratch.
 
     python examples/finetune.py --model timm/crossvit_15_240.in1k --data photos --output_dir outputs/photos
 
-The same command goes on where it stopped. Options of Transformers' TrainingArguments work too:
+The same command resumes an interrupted run. Options of Transformers' TrainingArguments work too:
 
     --bf16 --gradient_checkpointing --gradient_accumulation_steps 4 --torch_compile --push_to_hub
     torchrun --nproc_per_node 8 examples/finetune.py ...      # on several devices
@@ -24,7 +24,7 @@ Columns of the data may hold a separate image for each branch, and masks of the 
 
     --image_columns photo infrared --mask_column mask --mask_weight 0.1
 
---lora_rank saves a merged model as any other, and its adapter with the new heads beside it. To load the adapter:
+--lora_rank saves the merged model as usual, and the adapter with the new heads beside it. To load the adapter:
 
     model = CrossViTForImageClassification.from_pretrained("base", num_labels=3, ignore_mismatched_sizes=True)
     model = PeftModel.from_pretrained(model, "outputs/photos/adapter")

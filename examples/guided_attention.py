@@ -11,12 +11,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Gives each branch its own image and guides the attention by masks, with the stock Trainer, and draws the difference.
+"""Gives each branch its own image and guides attention with masks, using the stock Trainer, and draws the difference.
 
     python examples/guided_attention.py
 
 The images are generated: a disk, a square or a triangle on a noisy background, as a color photo for the first branch
-and as a depth image for the second. Two small models learn the shapes, one of them with a loss on where it attends to.
+and as a depth image for the second. Two small models learn the shapes, one with an extra loss on where it attends.
 """
 
 import argparse

@@ -11,13 +11,13 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Trains a CrossViT from scratch by the recipe of the paper.
+"""Trains a CrossViT from scratch with the paper's recipe.
 
     torchrun --nproc_per_node 8 examples/pretrain.py --variant crossvit_15 --data imagenet --bf16
     python examples/pretrain.py --variant crossvit_15 --plan --bf16      # the days it takes on machines like this one
 
-The recipe is a file, paper_recipe.json beside this one; --recipe names another, and each of its values is an option of
-the command, as are those of Transformers' TrainingArguments. The same command goes on where it stopped.
+The recipe is the file paper_recipe.json beside this script; --recipe selects another. Each of its values is also an
+option of the command, as are those of Transformers' TrainingArguments. The same command resumes an interrupted run.
 """
 
 import json

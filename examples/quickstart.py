@@ -15,8 +15,8 @@
 
     python examples/quickstart.py
 
-Nothing is downloaded: the digits, of 8x8 pixels, ship with scikit-learn. The model is a demonstration that knows only
-them. Digits of your own are classified after the training, or by a model that is already there:
+Nothing is downloaded: the digits, 8x8 pixels each, ship with scikit-learn. The model is a demonstration that knows
+only these digits. To classify your own digits after training, or with a model that you already have:
 
     python examples/quickstart.py --image digit.png
     python examples/quickstart.py --image digit.png --model outputs/quickstart

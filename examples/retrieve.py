@@ -11,15 +11,15 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Finds the images of a folder that are most similar to others for a CrossViT, and draws them side by side.
+"""Finds the images in a folder that a CrossViT considers most similar to others, and draws them side by side.
 
     python examples/retrieve.py --data photos --query dog.jpg cat.jpg
     python examples/retrieve.py --data photos --model outputs/photos   # images of the folder as queries
 
-Images are compared by the cosine similarity of their `pooler_output`, the class tokens of all branches. The names of
-the folders, if there are several, are the labels of the images. Without queries, the command also measures how many of
-the nearest images have the label of their query. Embeddings are kept in the cache of the library datasets until images
-or weights change.
+Images are compared by the cosine similarity of their `pooler_output`, the class tokens of all branches. If there are
+several folders, their names are the labels of the images. Without queries, the command also measures how many of the
+nearest images have the same label as their query. Embeddings are kept in the cache of the datasets library until the
+images or weights change.
 """
 
 import argparse
