@@ -121,6 +121,26 @@ def test_arrays_equal_their_images(mode, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_resize": False},
+        {"do_resize": False, "do_center_crop": False},
+        {"size": {"height": 40, "width": 90}, "do_center_crop": False},
+        {"size": {"shortest_edge": 40, "longest_edge": 50}, "do_center_crop": False},
+        {"size": {"max_height": 40, "max_width": 50}, "do_center_crop": False},
+    ],
+    ids=["no resizing", "no resizing or cropping", "height and width", "both edges", "maxima"],
+)
+def test_images_equal_their_arrays_with_other_sizes(options, backend):
+    """The PIL backend resizes images before they are arrays, and arrays as the base class does."""
+    image, processor = picture(61, 83), backend(**options)
+    values = pixel_values(processor, image)
+    assert torch.equal(values, pixel_values(processor, np.array(image)))
+    assert processor.do_center_crop or values.shape[2:] != (240, 240)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["rgb.jpg", "cmyk.jpg", "palette.gif", "rgb.bmp", "rgb.tiff", "sixteen bits.png"])
 def test_paths_equal_their_images(name, backend, tmp_path):
     """The stock torchvision backend decodes by itself: no BMP, no TIFF, and 16 bits without scaling."""

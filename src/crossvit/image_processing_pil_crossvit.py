@@ -163,11 +163,12 @@ class CrossViTImageProcessorPil(CrossViTBaseImageProcessor, PilBackend):
         Resizes a PIL image or an array (channels, height, width) to (channels, size.height, size.width), or its
         shorter edge to `size.shortest_edge` pixels and the longer one in proportion, rounded down.
         """
+        # The base class of transformers 5.10 resizes PIL images only to a height and width
         if isinstance(image, PIL.Image.Image) and size.shortest_edge and not size.longest_edge:
             width, height = (int(size.shortest_edge * side / min(image.size)) for side in image.size)
             size = SizeDict(height=height, width=width)
         elif not (size.height and size.width):
-            image = to_array(image)  # the base class reads the sizes of arrays
+            image = to_array(image)
         return super().resize(image, size, **kwargs)
 
     def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs) -> np.ndarray:

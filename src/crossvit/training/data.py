@@ -75,7 +75,7 @@ class DataArguments(ImageSource):
         default=10_000, metadata={"help": "Number of images of a stream that are shuffled at a time."}
     )
     validation_fraction: float = field(
-        default=0.1, metadata={"help": "Share of the training images held out if there is no validation split."}
+        default=0.1, metadata={"help": "Fraction of the training images to hold out if there is no validation split."}
     )
     check_images: bool = field(
         default=True, metadata={"help": "Decode each image before the training to find the damaged ones."}
