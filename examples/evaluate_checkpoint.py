@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from command_line import load_checkpoint, make_parser, parse, run
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.utils import cached_file
 
 from crossvit.training.augmentation import Collator, EvaluationTransform
@@ -34,6 +34,7 @@ from crossvit.training.data import ImageSource, LabelledImages
 from crossvit.training.errors import CommandError
 from crossvit.training.metrics import SingleLabelMetric
 from crossvit.training.run import check_image_columns, transformed
+from crossvit.training.streams import StreamTrainer
 
 
 VARIANTS = Path(__file__).parents[1] / "conversion" / "variants.json"
@@ -145,7 +146,7 @@ def main() -> None:
         images.check_images()
     classes = match_classes(model.config, images.class_names, args.by_order)
     metric = SingleLabelMetric()
-    trainer = Trainer(
+    trainer = StreamTrainer(
         model,
         training_args,
         data_collator=Collator(model.config.num_labels),

@@ -26,6 +26,7 @@ from .data import DataArguments, LabelledImages
 from .errors import CommandError
 from .guided_attention import GuidedAttentionTrainer
 from .metrics import MultiLabelMetric, SingleLabelMetric, save_confusion_matrix
+from .streams import ImageStream
 from .trainer import CrossViTTrainer, base_model, last_usable_checkpoint
 
 
@@ -91,11 +92,8 @@ def make_trainer(
         raise CommandError("--mixup_alpha, --cutmix_alpha: they mix only images with one label each")
     if mixup is not None and images.mask_column:
         raise CommandError("--mixup_alpha, --cutmix_alpha: they do not mix masks; leave them out, or --mask_column")
-    train = images.splits["train"]
-    if data.streaming:
-        if augmentation.augmentation_repeats > 1:
-            raise CommandError("--augmentation_repeats: does not work with --streaming")
-        train = train.shuffle(args.seed, buffer_size=data.shuffle_buffer_size)
+    if data.streaming and augmentation.augmentation_repeats > 1:
+        raise CommandError("--augmentation_repeats: does not work with --streaming")
     trainer: Any = CrossViTTrainer
     if images.mask_column:
         trainer = partial(GuidedAttentionTrainer, mask_weight=mask_weight)
@@ -105,7 +103,12 @@ def make_trainer(
         args,
         data_collator=Collator(len(images.class_names), images.multi_label),
         train_data_collator=Collator(len(images.class_names), images.multi_label, mixup),
-        train_dataset=transformed(train, TrainingTransform(augmentation, processor, *columns)),
+        train_dataset=transformed(
+            images.splits["train"],
+            TrainingTransform(augmentation, processor, *columns),
+            shuffle_buffer_size=data.shuffle_buffer_size,
+            seed=args.seed,
+        ),
         eval_dataset=transformed(images.splits["validation"], EvaluationTransform(processor, *columns)),
         processing_class=processor,
         compute_metrics=metric.of_prediction,
@@ -125,11 +128,11 @@ def check_image_columns(image_columns: list[str], model: Any) -> None:
         )
 
 
-def transformed(split: Any, transform: Any) -> Any:
-    """Applies a transform to the rows of a split or stream when they are read."""
+def transformed(split: Any, transform: Any, **stream_options) -> Any:
+    """Applies a transform to the rows of a split or stream when they are read. The options are for streams."""
     if isinstance(split, datasets.Dataset):
         return split.with_transform(transform)
-    return split.map(transform, batched=True, batch_size=32, remove_columns=split.column_names)
+    return ImageStream(split, transform, **stream_options)
 
 
 def train(trainer: CrossViTTrainer, images: LabelledImages) -> None:

@@ -24,7 +24,7 @@ from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -32,6 +32,7 @@ from ..configuration_crossvit import CrossViTConfig
 from ..modeling_crossvit import CrossViTForImageClassification
 from .augmentation import RepeatedAugmentationSampler
 from .ema import ExponentialMovingAverage
+from .streams import StreamTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ logger = logging.getLogger(__name__)
 TRAINING_WEIGHTS_NAME = "training_weights.safetensors"
 
 
-class CrossViTTrainer(Trainer):
+class CrossViTTrainer(StreamTrainer):
     """
     Transformers' [`~transformers.Trainer`], which differs where a CrossViT or its recipe asks for it:
 
@@ -85,6 +86,8 @@ class CrossViTTrainer(Trainer):
         self.add_callback(TrainingSteps(self))
 
     def create_accelerator_and_postprocess(self) -> None:
+        if self.args.data_seed is None:  # by default, the state of the process, which training makes each one's own
+            self.args.data_seed = self.args.seed
         super().create_accelerator_and_postprocess()
         # Accelerate would wrap the embeddings as well as the module in them that FSDP2 considers the input embeddings
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
@@ -99,7 +102,8 @@ class CrossViTTrainer(Trainer):
 
         Args:
             outputs ([`CrossViTImageClassifierOutput`]): of the model.
-            labels (`torch.Tensor`): classes (batch), or (batch, classes) probabilities or zeros and ones.
+            labels (`torch.Tensor`):
+                Classes (batch), or (batch, classes) probabilities or zeros and ones. Labels of -100 do not count.
             num_items_in_batch (`int`, *optional*): the number of all labels of the step, in all processes.
         """
         logits = outputs["logits"].float()
@@ -111,16 +115,18 @@ class CrossViTTrainer(Trainer):
             problem = "multi_label_classification"
 
         if problem == "regression":
-            loss = nn.functional.mse_loss(logits, labels.to(logits.dtype).view_as(logits), reduction="sum")
+            losses = nn.functional.mse_loss(logits, labels.to(logits.dtype).view_as(logits), reduction="none")
         elif problem == "multi_label_classification":
-            loss = nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum")
+            losses = nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
         else:
             # Smoothing belongs to training; evaluations stay comparable
             smoothing = self.args.label_smoothing_factor if logits.requires_grad else 0.0
-            loss = nn.functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+            losses = nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
             # The Trainer counts all probabilities of an image as items, and an image counts once
-            loss = loss * (labels.numel() / len(labels))
-        return self.mean_of_step(loss, labels, num_items_in_batch)
+            losses = losses * (labels.numel() / len(labels))
+        is_labelled = labels.ne(-100).view(len(labels), -1).any(dim=1)  # unlike the padding of a stream
+        total = (losses.view(len(labels), -1).sum(dim=1) * is_labelled).sum()
+        return self.mean_of_step(total, labels, num_items_in_batch)
 
     def mean_of_step(
         self, total: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
@@ -236,6 +242,10 @@ class TrainingSteps(TrainerCallback):
 
     def __init__(self, trainer: CrossViTTrainer):
         self.trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs) -> None:
+        # Every process has the same weights and order of images by now, and needs its own augmentation and drop path
+        set_seed(args.seed + args.process_index)
 
     def on_epoch_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs) -> None:
         # The data loaders of several processes do not set it when a run resumes within an epoch
