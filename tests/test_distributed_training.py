@@ -3,17 +3,22 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import datasets
 import numpy as np
+import PIL.Image
 import pytest
 import torch
-from examples_in_process import EXAMPLES, history
+from examples_in_process import EXAMPLES, history, results
+from image_folders import CLASSES
 from safetensors.torch import load_file
 
-from crossvit import CrossViTForImageClassification
+from crossvit import CrossViTForImageClassification, CrossViTImageProcessor
 
 
 pytestmark = pytest.mark.slow
@@ -22,6 +27,7 @@ pytestmark = pytest.mark.slow
 OPTIONS = "--num_train_epochs 3 --optim sgd --learning_rate 0.1 --logging_steps 1".split()
 OPTIONS += "--crop_scale 1 1 --horizontal_flip 0 --per_device_eval_batch_size 2 --save_total_limit 9".split()
 OPTIONS += ["--load_best_model_at_end", "false"]
+STREAM = ["--streaming", "--max_steps", "11", "--per_device_train_batch_size", "4"]
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -31,12 +37,109 @@ FSDP = {
 
 
 def torchrun(*command: object, **environment: str) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, *map(str, command)]
-    process = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    """Runs a command in two processes."""
+    wait_for(start_agent("--standalone", "--nproc_per_node", "2", *command, **environment))
+
+
+def start_agent(*arguments: object, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(agent: subprocess.Popen) -> None:
+    output, _ = agent.communicate()
     # gloo's threads now and then abort a process that has done everything and is about to end
-    output = process.stdout + process.stderr
-    assert process.returncode == 0 or "terminate called without an active exception" in output, output
+    assert agent.returncode == 0 or "terminate called without an active exception" in output, output
+
+
+def recorded(folder: Path, *command: object) -> list[dict]:
+    """What each of two processes that run a command trains on."""
+    folder.mkdir()
+    torchrun(Path(__file__).parent / "record_inputs.py", folder, *command)
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+def contents(inputs: torch.Tensor) -> Counter:
+    return Counter(image.numpy().tobytes() for image in inputs)
+
+
+@pytest.fixture
+def shards(zoo, tmp_path) -> Path:
+    """The zoo as Parquet files: the images to train with in three of unequal length, those for validation in two."""
+    splits = datasets.load_dataset("imagefolder", data_dir=str(zoo))
+    for split, lengths in (("train", (5, 12, 7)), ("validation", (2, 7))):
+        rows, start = splits[split].shuffle(seed=0), 0
+        for number, length in enumerate(lengths):
+            file = tmp_path / "shards" / f"{split}-{number:05}-of-{len(lengths):05}.parquet"
+            file.parent.mkdir(exist_ok=True)
+            rows.select(range(start, start + length)).to_parquet(file)
+            start += length
+    return tmp_path / "shards"
+
+
+@pytest.mark.parametrize("workers", [[], ["--dataloader_num_workers", "2"]], ids=["default", "workers"])
+def test_every_process_and_worker_draws_its_own_augmentation(small_config, zoo, tmp_path, workers):
+    """By the recipe, which draws images several times. The weights are the same at the beginning."""
+    small_config.save_pretrained(tmp_path / "config")
+    command = [EXAMPLES / "pretrain.py", "--config", tmp_path / "config", "--data", zoo, "--disable_tqdm", "true"]
+    command += ["--total_batch_size", "8", "--per_device_train_batch_size", "4", "--num_train_epochs", "2", *workers]
+    runs = [recorded(tmp_path / name, *command, "--output_dir", tmp_path / f"{name}-out") for name in ("one", "two")]
+    inputs = [process["inputs"] for process in runs[0]]
+    assert max(contents(torch.cat(inputs)).values()) == 1 and sum(map(len, inputs)) == 48
+    torch.testing.assert_close(*(process["initial_weights"] for process in runs[0]), atol=0, rtol=0)
+    torch.testing.assert_close(*([process["inputs"] for process in run] for run in runs), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("strategy", ["epoch", "steps"])
+def test_two_processes_train_on_a_stream_and_resume(finetune_options, shards, zoo, tmp_path, strategy):
+    """Of three files, for two epochs and a half, with workers that persist."""
+    output = tmp_path / "out"
+    options = [*OPTIONS, *STREAM, "--dataloader_num_workers", "2", "--eval_strategy", strategy]
+    options += ["--save_strategy", strategy, "--eval_steps", "3", "--save_steps", "3"]
+    command = [EXAMPLES / "finetune.py", *finetune_options(*options, output="out", data=shards)]
+    first, second = recorded(tmp_path / "recorded", *command)
+    times = contents(torch.cat([first["inputs"], second["inputs"]]))
+    assert len(times) == 24 and set(times.values()) == {2, 3}
+
+    # The metrics of two processes are those of all images
+    model = CrossViTForImageClassification.from_pretrained(output).eval()
+    processor = CrossViTImageProcessor.from_pretrained(output)
+    files = sorted((zoo / "validation").glob("*/*.png"))
+    labels = torch.tensor([CLASSES.index(file.parent.name) for file in files])
+    with torch.no_grad():
+        logits = model(**processor([PIL.Image.open(file) for file in files], return_tensors="pt")).logits
+    found = results(output)
+    assert found["eval_accuracy"] == pytest.approx((logits.argmax(dim=1) == labels).float().mean().item())
+    # 1e-8 was measured
+    assert found["eval_loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), abs=1e-6)
+
+    # As if it had been killed after the last but one checkpoint
+    (output / "model.safetensors").rename(tmp_path / "model.safetensors")
+    shutil.rmtree(output / "checkpoint-11")
+    torchrun(*command)
+    assert_same_weights(output, tmp_path, atol=0)
+
+
+@pytest.mark.parametrize("source", ["zoo", "shards"])
+def test_two_machines_train_as_one_with_two_processes(finetune_options, request, tmp_path, source):
+    """Bit by bit, in and out of a stream."""
+    options = [*OPTIONS, *(STREAM if source == "shards" else ["--num_train_epochs", "2"])]
+    data = request.getfixturevalue(source)
+    torchrun(EXAMPLES / "finetune.py", *finetune_options(*options, output="one", data=data))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    machines = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", port]
+    command = [EXAMPLES / "finetune.py", *finetune_options(*options, output="two", data=data)]
+    agents = [start_agent(*machines, "--node_rank", rank, *command) for rank in (0, 1)]
+    for agent in agents:
+        wait_for(agent)
+    assert_same_weights(tmp_path / "one", tmp_path / "two", atol=0)
 
 
 def assert_same_weights(folder: Path, other: Path, atol: float) -> None:

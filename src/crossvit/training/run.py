@@ -13,11 +13,13 @@
 # limitations under the License.
 """What the training commands share: from labelled images to a trained, evaluated and saved model."""
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
+import joblib
 import torch
 from transformers import TrainingArguments, set_seed
 
@@ -28,6 +30,16 @@ from .guided_attention import GuidedAttentionTrainer
 from .metrics import MultiLabelMetric, SingleLabelMetric, save_confusion_matrix
 from .streams import ImageStream
 from .trainer import CrossViTTrainer, base_model, last_usable_checkpoint
+
+
+def default_num_workers() -> int:
+    """
+    Number of processes that read images for each training process: a core for each worker, at most 8. None without an
+    accelerator, where they would only take the cores of the model.
+    """
+    if not torch.accelerator.is_available():
+        return 0
+    return min(max(joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1), 8)
 
 
 # Defaults of TrainingArguments that suit images and that users of a command expect
@@ -42,6 +54,9 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "remove_unused_columns": False,  # the transforms need the images
     "label_names": ["labels"],
     "use_cpu": not torch.accelerator.is_available(),  # otherwise --bf16 is refused there
+    "ddp_find_unused_parameters": False,  # there are none
+    "dataloader_num_workers": default_num_workers(),
+    "dataloader_persistent_workers": None,  # if there are workers
 }
 
 
@@ -54,6 +69,8 @@ def prepare_images(data: DataArguments, args: TrainingArguments, mask_column: st
     """
     if data.data and Path(args.output_dir).resolve().is_relative_to(Path(data.data).expanduser().resolve()):
         raise CommandError(f"--output_dir {args.output_dir}: lies in --data {data.data}; choose a folder elsewhere")
+    if args.dataloader_persistent_workers is None:
+        args.dataloader_persistent_workers = args.dataloader_num_workers > 0
     if data.streaming and args.max_steps <= 0:
         raise CommandError("--streaming: a stream has no known end: set --max_steps")
     with args.main_process_first():  # the others find its results in the cache of `datasets`

@@ -266,6 +266,11 @@ class StreamTrainer(Trainer):
             return super().get_test_dataloader(test_dataset)
         return self.get_eval_dataloader(test_dataset)
 
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args, num_items_in_batch: Any = None, **kwargs) -> Any:
+        # Evaluations average the means of the batches of all processes, which may differ in length
+        num_items = num_items_in_batch if model.training else None
+        return super().compute_loss(model, inputs, *args, num_items_in_batch=num_items, **kwargs)
+
     def evaluation_loop(self, dataloader: Any, *args, **kwargs) -> EvalLoopOutput:
         if not isinstance(dataloader, StreamLoader):
             return super().evaluation_loop(dataloader, *args, **kwargs)
