@@ -51,6 +51,15 @@ def start_agent(*arguments: object, **environment: str) -> subprocess.Popen:
     )
 
 
+def start_machines(*commands: list[object]) -> list[subprocess.Popen]:
+    """Starts a command on each machine, all of which are this one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--nnodes", len(commands), "--nproc_per_node", 1, "--master_addr", "127.0.0.1", "--master_port", port]
+    return [start_agent(*options, "--node_rank", rank, *command) for rank, command in enumerate(commands)]
+
+
 def wait_for(agent: subprocess.Popen) -> None:
     output, _ = agent.communicate()
     # gloo's threads now and then abort a process that has done everything and is about to end
@@ -131,15 +140,20 @@ def test_two_machines_train_as_one_with_two_processes(finetune_options, request,
     options = [*OPTIONS, *(STREAM if source == "shards" else ["--num_train_epochs", "2"])]
     data = request.getfixturevalue(source)
     torchrun(EXAMPLES / "finetune.py", *finetune_options(*options, output="one", data=data))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    machines = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", port]
     command = [EXAMPLES / "finetune.py", *finetune_options(*options, output="two", data=data)]
-    agents = [start_agent(*machines, "--node_rank", rank, *command) for rank in (0, 1)]
-    for agent in agents:
+    for agent in start_machines(command, command):
         wait_for(agent)
     assert_same_weights(tmp_path / "one", tmp_path / "two", atol=0)
+
+
+def test_machines_do_not_resume_from_different_checkpoints(finetune_options, tmp_path):
+    """The folder of the output must be one that they share."""
+    options = [finetune_options("--num_train_epochs", "1", output=name) for name in ("first", "second")]
+    for run in (1, 2):
+        machines = start_machines(*([EXAMPLES / "finetune.py", *machine_options] for machine_options in options))
+        outputs = [machine.communicate()[0] for machine in machines]
+        assert all(machine.returncode == run - 1 for machine in machines)
+    assert all("find the same checkpoint to resume from, but checkpoint-2, None" in output for output in outputs)
 
 
 def assert_same_weights(folder: Path, other: Path, atol: float) -> None:

@@ -21,10 +21,11 @@ from typing import Any
 import datasets
 import joblib
 import torch
+from accelerate.utils import gather_object
 from transformers import TrainingArguments, set_seed
 
 from .augmentation import AugmentationArguments, Collator, EvaluationTransform, TrainingTransform
-from .data import DataArguments, LabelledImages
+from .data import DataArguments, LabelledImages, some
 from .errors import CommandError
 from .guided_attention import GuidedAttentionTrainer
 from .metrics import MultiLabelMetric, SingleLabelMetric, save_confusion_matrix
@@ -158,9 +159,15 @@ def train(trainer: CrossViTTrainer, images: LabelledImages) -> None:
 
     Raises:
         `CommandError`: if the images have changed since that checkpoint. Images that it was trained on could now be
-            among those of the validation.
+            among those of the validation. Or if the machines of a run do not have the same checkpoint.
     """
     checkpoint = last_usable_checkpoint(trainer.args.output_dir)
+    names = gather_object([checkpoint and Path(checkpoint).name])
+    if len(set(names)) > 1:
+        raise CommandError(
+            f"--output_dir {trainer.args.output_dir}: not all processes find the same checkpoint to resume from, but"
+            f" {some(map(str, names))}; use a folder that all machines share"
+        )
     fingerprint, record = images.fingerprint(), Path(trainer.args.output_dir) / "data_fingerprint.txt"
     if checkpoint and fingerprint and record.is_file() and record.read_text(encoding="utf-8") != fingerprint:
         raise CommandError(
