@@ -111,7 +111,7 @@ def find_images(folder: Path) -> list[Path]:
     """The image files in a folder and its subfolders, by their suffixes and in order; hidden ones are left out."""
     import PIL.Image
 
-    from crossvit.training.data import image_formats
+    from crossvit.training.images import image_formats
 
     suffixes = {suffix for suffix, name in PIL.Image.registered_extensions().items() if name in image_formats()}
     files = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
@@ -123,20 +123,9 @@ def open_image(file: str | Path | BinaryIO, name: str | None = None) -> "PIL.Ima
     An image file of the `image_formats`, upright and in RGB. Raises a `CommandError` with its `name`, by default the
     path.
     """
-    import PIL.Image
-    from transformers.image_utils import load_image
+    from crossvit.training import images
 
-    from crossvit.training.data import image_formats
-    from crossvit.training.errors import CommandError
-
-    formats = image_formats()
-    try:
-        with PIL.Image.open(file, formats=formats) as image:
-            return load_image(image)
-    except PIL.UnidentifiedImageError as error:
-        raise CommandError(f"{name or file}: not an image of the formats {', '.join(formats)}") from error
-    except Exception as error:  # of many types, by format
-        raise CommandError(f"{name or file}: cannot be read as an image ({reason(error)})") from error
+    return images.open_image(file, name)
 
 
 def reason(error: Exception) -> str:

@@ -2,12 +2,14 @@
 
 import pickle
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
 import timm.data
 import torch
+from image_folders import undecoded
 from torchvision.transforms import v2
 
 from crossvit import CrossViTImageProcessor
@@ -57,7 +59,7 @@ def test_wrong_options_are_named(options):
 @pytest.mark.parametrize("size", [(20, 20), (1, 1), (3, 200), (61, 47)], ids=str)
 def test_all_images_get_the_size_of_the_model(options, size):
     transform = pickle.loads(pickle.dumps(TrainingTransform(AugmentationArguments(**options), processor_of(12, 24))))
-    rows = transform({"image": [noise(size)] * 4, "labels": [0, 1, 2, 0]})
+    rows = transform({"image": [undecoded(noise(size))] * 4, "labels": [0, 1, 2, 0]})
     batch = Collator(3)([dict(zip(rows, row)) for row in zip(*rows.values())])
     assert batch["pixel_values"].shape == (4, 3, 12, 24) and batch["pixel_values"].dtype == torch.float32
     assert batch["pixel_values"].isfinite().all() and batch["labels"].tolist() == [0, 1, 2, 0]
@@ -65,28 +67,50 @@ def test_all_images_get_the_size_of_the_model(options, size):
 
 def test_the_transform_of_the_paper_is_timms():
     """That of DeiT's training, of which CrossViT's took its augmentation."""
-    transform = TrainingTransform(AugmentationArguments(**PAPER), processor_of()).finish
-    expected = timm.data.create_transform(
+    transform = TrainingTransform(AugmentationArguments(**PAPER), processor_of())
+    crop, flip, policy, _, normalize, erasing = timm.data.create_transform(
         16, is_training=True, auto_augment="rand-m9-mstd0.5-inc1", interpolation="bicubic", re_prob=0.25,
         re_mode="pixel", re_count=1, mean=(0.1, 0.4, 0.7), std=(0.229, 0.224, 0.225),
-    )  # fmt: skip
-    assert [str(step) for step in transform.transforms] == [str(step) for step in expected.transforms]
-    assert transform.transforms[-1].probability == 0.25 and transform.transforms[-1].rand_color is False
+    ).transforms  # fmt: skip
+    found_crop, found_flip = transform.geometric.transforms
+    for name in ("size", "scale", "ratio", "interpolation"):
+        expected = getattr(crop, name)
+        assert type(expected)(getattr(found_crop, name)) == expected
+    assert found_flip.p == flip.p == 0.5
+    _, found_policy, *_, found_normalize, found_erasing = transform.photometric.transforms
+    assert str(found_policy.transforms[0]) == str(policy)
+    assert [operation.hparams for operation in found_policy.transforms[0].ops] == [op.hparams for op in policy.ops]
+    assert found_normalize.mean == pytest.approx(normalize.mean.tolist())
+    assert found_normalize.std == pytest.approx(normalize.std.tolist())
+    assert vars(found_erasing) == vars(erasing) and erasing.probability == 0.25
 
 
 def test_augmentation_at_full_strength():
     """timm's posterization keeps no bits then, which newer releases of Pillow refuse."""
     transform = TrainingTransform(AugmentationArguments(auto_augment="rand-m10-n30-inc1"), processor_of())
     for _ in range(5):  # 150 operations, one in 15 of them this one
-        transform({"image": [noise()], "labels": [0]})
+        transform({"image": [undecoded(noise())], "labels": [0]})
 
 
 def test_whole_images_are_resized_and_normalized():
     args = AugmentationArguments(crop_scale=[1.0, 1.0], horizontal_flip=0.0)
-    (found,) = TrainingTransform(args, processor_of(12, 24))({"image": [noise()], "labels": [0]})["pixel_values"]
-    expected = v2.functional.pil_to_tensor(noise().resize((24, 12), PIL.Image.Resampling.BICUBIC)) / 255
+    image = noise((30, 20))
+    rows = {"image": [undecoded(image)], "labels": [0]}
+    (found,) = TrainingTransform(args, processor_of(12, 24))(rows)["pixel_values"]
+    expected = v2.functional.pil_to_tensor(image.resize((24, 12), PIL.Image.Resampling.BICUBIC)) / 255
     mean, std = torch.tensor([[0.1, 0.4, 0.7], [0.229, 0.224, 0.225]])[..., None, None]
-    torch.testing.assert_close(found, (expected - mean) / std)
+    # torchvision rounds differently: by 1 of 255
+    torch.testing.assert_close(found * std + mean, expected, atol=1.01 / 255, rtol=0)
+
+
+def test_an_empty_policy_changes_nothing():
+    options: dict[str, Any] = {"crop_scale": [1.0, 1.0], "horizontal_flip": 0.0}
+    rows = {"image": [undecoded(noise((30, 20)))], "labels": [0]}
+    plain, augmented = (
+        TrainingTransform(AugmentationArguments(**options, auto_augment=policy), processor_of())(rows)["pixel_values"]
+        for policy in (None, "rand-m9-n0")
+    )
+    assert torch.equal(plain[0], augmented[0])
 
 
 def ramp(size: tuple[int, int] = (64, 64)) -> PIL.Image.Image:
@@ -106,7 +130,8 @@ def test_all_images_of_a_row_and_its_mask_are_moved_alike():
     transform = TrainingTransform(args, processor_of(24, 24), ["photo", "scan"], "mask")
     # The second image is smaller, and the mask is the column of a pixel
     mask = ramp((128, 128)).getchannel("R")
-    rows = transform({"photo": [ramp()] * 20, "scan": [ramp((32, 32))] * 20, "mask": [mask] * 20, "labels": [0] * 20})
+    images = {"photo": ramp(), "scan": ramp((32, 32)), "mask": mask}
+    rows = transform({**{column: [undecoded(image)] * 20 for column, image in images.items()}, "labels": [0] * 20})
     batch = Collator(2)([dict(zip(rows, row)) for row in zip(*rows.values())])
     assert batch["pixel_values"].shape == (20, 2, 3, 24, 24) and batch["mask"].shape == (20, 24, 24)
     photos, scans = unnormalized(batch["pixel_values"]).unbind(dim=1)
@@ -118,8 +143,8 @@ def test_all_images_of_a_row_and_its_mask_are_moved_alike():
 
 
 def test_colors_and_erased_rectangles_are_those_of_each_image():
-    gray = PIL.Image.new("RGB", (24, 24), (100, 150, 200))
-    columns, rows = ["photo", "scan"], {"photo": [gray] * 8, "scan": [gray] * 8, "mask": [gray] * 8, "labels": [0] * 8}
+    images = [undecoded(PIL.Image.new("RGB", (24, 24), (100, 150, 200)))] * 8
+    columns, rows = ["photo", "scan"], {"photo": images, "scan": images, "mask": images, "labels": [0] * 8}
 
     def augmented(**options) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         batch = TrainingTransform(AugmentationArguments(**options), processor_of(), columns, "mask")(rows)
@@ -143,15 +168,16 @@ def test_random_policies_are_refused_with_several_images_or_masks():
 
 @pytest.mark.parametrize("columns", [["photo"], ["photo", "scan"]], ids=len)
 def test_images_and_masks_are_evaluated_by_the_processor(columns):
-    rows = {"photo": [noise(), noise((30, 40))], "scan": [noise((25, 20)), noise((40, 30))], "labels": [1, 2]}
+    photos, scans = [noise(), noise((30, 40))], [noise((25, 20)), noise((40, 30))]
     # A mask of the left quarter of each photo, of another size and shape: the processor crops as of the photo
-    rows["mask"] = [PIL.Image.new("1", (60, 40)), PIL.Image.new("1", (60, 60))]
-    for mask in rows["mask"]:
+    masks = [PIL.Image.new("1", (60, 40)), PIL.Image.new("1", (60, 60))]
+    for mask in masks:
         mask.paste(1, (0, 0, 15, 60))
-    found = EvaluationTransform(processor_of(), columns, "mask")(rows)
-    images = rows["photo"] if columns == ["photo"] else list(zip(rows["photo"], rows["scan"]))
-    expected = processor_of()(images, return_tensors="pt")["pixel_values"]
-    assert torch.equal(torch.stack(found["pixel_values"]), expected) and found["labels"] == [1, 2]
+    rows = {"photo": photos, "scan": scans, "mask": masks}
+    rows = {column: [undecoded(image) for image in images] for column, images in rows.items()}
+    found = EvaluationTransform(processor_of(), columns, "mask")({**rows, "labels": [1, 2]})
+    expected = processor_of()(photos if columns == ["photo"] else list(zip(photos, scans)), return_tensors="pt")
+    assert torch.equal(torch.stack(found["pixel_values"]), expected["pixel_values"]) and found["labels"] == [1, 2]
     for mask in found["mask"]:
         assert mask.shape == (16, 16) and mask[:, :2].eq(1).all() and mask[:, 6:].eq(0).all()
         assert mask.min() == 0 and mask.max() == 1

@@ -5,6 +5,7 @@ import os
 import warnings
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -12,9 +13,14 @@ import PIL.features
 import PIL.Image
 import pytest
 from image_folders import CLASSES, encoded, image_bytes, image_rows, write_files, write_images, write_pairs, write_rows
+from torch.utils.data import DataLoader
 
+from crossvit import CrossViTImageProcessor
+from crossvit.training.augmentation import AugmentationArguments, EvaluationTransform, TrainingTransform
 from crossvit.training.data import ImageSource, LabelledImages
 from crossvit.training.errors import CommandError
+from crossvit.training.images import decode_image
+from crossvit.training.run import transformed
 
 
 LABELS = [0, 1, 2] * 4
@@ -58,7 +64,7 @@ def save_all_ways(splits: datasets.DatasetDict, folder) -> list[Path]:
 
 def contents(split, column: str = "image") -> list[tuple]:
     """The color and label of each image."""
-    return sorted((row[column].getpixel((0, 0)), row["labels"]) for row in split)
+    return sorted((decode_image(row[column]).getpixel((0, 0)), row["labels"]) for row in split)
 
 
 def test_folders_saved_data_sets_parquet_and_streams_hold_the_same_images(source, tmp_path):
@@ -134,7 +140,7 @@ def test_metadata_may_name_several_images_of_a_row(source, tmp_path):
         found = prepare(place, streaming=streaming, **columns)
         assert {name: len(list(split)) for name, split in found.splits.items()} == {"train": 8, "validation": 4}
         for number, row in enumerate(found.splits["train"]):
-            light = [np.asarray(row[column]).mean() > 128 for column in ("photo", "scan")]
+            light = [np.asarray(decode_image(row[column])).mean() > 128 for column in ("photo", "scan")]
             assert light == [number % 2 == 1, number // 2 % 2 == 1]
             assert found.class_names[row["labels"]] == ("same" if light[0] == light[1] else "different")
 
@@ -180,7 +186,7 @@ def test_rows_that_lack_an_image_are_named(source):
         source, train=rows.cast_column("scan", datasets.Image()), validation=image_rows([0]).add_column("scan", [None])
     )
     message = refused(source, image_columns=["image", "scan"])
-    assert message.startswith("1 of 3 images of 'train' cannot be read: row 2, without an image")
+    assert message.startswith("1 of 3 images of 'train' cannot be read: row 2, an image is missing")
 
 
 def test_several_labels_by_metadata(source):
@@ -215,9 +221,9 @@ def test_labels_without_names_become_classes(source, feature, values):
 def test_columns_are_found_or_named(source):
     rows = image_rows(LABELS).rename_columns({"image": "photo", "label": "animal"})
     save(source, train=rows.add_column("id", list(range(12))))
-    found, expected = load(source), image_rows(LABELS).rename_column("label", "labels")
+    found = load(source)
     assert found.image_columns == ["photo"] and found.splits["train"].column_names == ["photo", "labels"]
-    assert contents(found.splits["train"], "photo") == contents(expected)
+    assert contents(found.splits["train"], "photo") == [((0, 0, row), label) for row, label in enumerate(LABELS)]
     two = source.with_name("two")
     save(two, train=rows.map(lambda row: {"copy": row["photo"]}))
     assert "which column has the images? It has photo, animal, copy; name one with --image_columns" in refused(two)
@@ -278,7 +284,7 @@ def test_classes_that_only_the_validation_has_are_named(source):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"no image", "cannot identify"),
+        (b"no image", "not an image of the formats JPEG, "),
         (encoded(PIL.Image.effect_noise((64, 64), 90))[:-2000], "truncated"),
         (encoded(PIL.Image.fromarray(np.full((8, 8), 32768, np.uint16))), "more than 8 bits"),
     ],
@@ -296,12 +302,46 @@ def test_damaged_images_are_named(source, content, message):
     assert len(prepare(source).splits["train"]) == 18
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("mask_column", [None, "scan"])
+@pytest.mark.parametrize("training", [False, True])
+def test_images_are_decoded_once_and_not_encoded(monkeypatch, source, tmp_path, streaming, mask_column, training):
+    write_pairs(source, {"train": 8, "val": 4})
+    columns = {"image_columns": ["photo", "scan"], "mask_column": mask_column}
+    # With classes as labels, as a stream needs them
+    datasets.DatasetDict(load(source, **columns).splits).save_to_disk(tmp_path / "saved")
+    images = load(tmp_path / "saved" if streaming else source, streaming=streaming, **columns)
+    processor = CrossViTImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    transform: Any = EvaluationTransform(processor, images.image_columns, mask_column)
+    if training:
+        transform = TrainingTransform(AugmentationArguments(), processor, images.image_columns, mask_column)
+
+    opened, open_file = [], PIL.Image.open
+    monkeypatch.setattr(PIL.Image, "open", lambda *args, **options: opened.append(args) or open_file(*args, **options))
+    monkeypatch.setattr(PIL.Image.Image, "save", lambda *args, **options: pytest.fail("an image is encoded"))
+    split = images.splits["train"]
+    shuffled = split.shuffle(0, **({"buffer_size": 4} if streaming else {}))
+    rows = list(transformed(shuffled, transform))
+    assert len(rows) == 8 and all(row["pixel_values"].shape == (2, 3, 16, 16) for row in rows)
+    assert len(opened) == 16
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_image_that_was_not_checked_is_named_in_training(source, num_workers):
+    write_files(write_images(source), {f"{name}/0.png": b"no image" for name in CLASSES})
+    transform = TrainingTransform(AugmentationArguments(), CrossViTImageProcessor())
+    rows = transformed(load(source).splits["train"], transform)
+    with pytest.raises(CommandError, match=rf"{source}/ant/0\.png: not an image of the formats"):
+        list(DataLoader(rows, num_workers=num_workers, batch_size=2))
+
+
 def test_transparent_images_are_counted(source):
     write_files(write_images(source), {"bee/a.png": image_bytes((1, 2, 3, 4), mode="RGBA")})
     write_files(source, {"bee/b.png": image_bytes((1, 2, 3, 255), mode="RGBA")})
     with pytest.warns(UserWarning, match=r"^1 images have transparent pixels"):
         images = prepare(source)
-    assert all(row["image"].mode == "RGB" for split in images.splits.values() for row in split)
+    colors = [color for split in images.splits.values() for color, _ in contents(split)]
+    assert colors.count((1, 2, 3)) == 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         (source / "bee" / "a.png").unlink()

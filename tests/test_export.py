@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 
 from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
 from crossvit.training.data import DataArguments, LabelledImages
+from crossvit.training.images import decode_image
 
 
 exporters = pytest.importorskip("transformers.exporters")
@@ -163,7 +164,8 @@ def test_plain_folder_is_divided_as_for_finetuning(checkpoint, zoo):
     brightest = test.mean(dim=(2, 3)).argmax(-1)
     assert labels.tolist() == [classes.index(("ant", "bee", "cow")[channel]) for channel in brightest]
     held_out = LabelledImages.load(DataArguments(args.data)).for_training(0.25, TrainingArguments.seed).splits
-    expected = processor(list(held_out["validation"]["image"]), return_tensors="pt")["pixel_values"]
+    images = [decode_image(image) for image in held_out["validation"]["image"]]
+    expected = processor(images, return_tensors="pt")["pixel_values"]
     assert {image.sum().item() for image in test} == {image.sum().item() for image in expected}
     args.calibration_images, args.test_images = 5, 4
     assert [len(images) for images in COMMAND["load_images"](args, config, processor)] == [5, 4, 4]

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""From images to batches: augmentation by torchvision, by timm for the recipe of the paper, or none for evaluation."""
+"""From encoded images to batches: augmentation by torchvision and, for its policies, timm; none for evaluation."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,9 +20,16 @@ from typing import Any
 import PIL.Image
 import torch
 from timm.data import Mixup, auto_augment, create_transform
+from timm.data.random_erasing import RandomErasing
 from torch import nn
+from torch.utils.data import default_collate
 from torchvision import tv_tensors
 from torchvision.transforms import v2
+
+from .images import decode_image
+
+
+BICUBIC = v2.InterpolationMode.BICUBIC
 
 
 @dataclass
@@ -68,17 +75,22 @@ class AugmentationArguments:
 
 class TrainingTransform:
     """
-    Augments the images of rows, for `set_transform` and `map` of `datasets`.
+    Decodes and augments the images of rows, for `set_transform` and `map` of `datasets`.
 
-    With `auto_augment` it is timm's transform, as in the paper; otherwise torchvision's. The random crop and flip are
-    the same for all images of a row and its mask, which are brought to the size of the first image before; colors and
-    erased rectangles are each image's own.
+    Cropping, flipping and color jitter are torchvision's, on tensors of bytes, which are resized in half of Pillow's
+    time; the policies of `auto_augment` and random erasing are timm's, as in the paper. The random crop and flip are
+    the same for all images of a row and its mask, which are resized to the first image beforehand; colors and erased
+    rectangles are sampled independently for each image.
 
     Args:
         args ([`AugmentationArguments`]): the augmentation.
         processor ([`CrossViTImageProcessor`]): the image processor, for the size and the normalization.
         image_columns (`Sequence[str]`): the column of images for all branches, or those of each branch.
-        mask_column (`str`, *optional*): the column of masks, of which the objects are white.
+        mask_column (`str`, *optional*): the column of masks, of which the objects are white. It may be one of the
+            above.
+
+    A call takes rows as `dict[str, list]`: the images and masks, which are not decoded (see
+    [`~crossvit.training.images.decode_image`]), and "labels".
 
     Returns of a call:
         `dict[str, list]`: "pixel_values", of each row (channels, height, width), or (branches, channels, height,
@@ -86,7 +98,8 @@ class TrainingTransform:
         from 0 to 1.
 
     Raises:
-        `ValueError`: for `auto_augment` with several images or masks, which would be moved in different ways.
+        `ValueError`: for `auto_augment` with several images or masks, which would be moved in different ways; in a
+            call, for an image that cannot be decoded, which the error names.
     """
 
     def __init__(
@@ -96,46 +109,30 @@ class TrainingTransform:
         image_columns: Sequence[str] = ("image",),
         mask_column: str | None = None,
     ):
+        if args.auto_augment and (len(image_columns) > 1 or mask_column):
+            raise ValueError(
+                f"`auto_augment` {args.auto_augment} moves each image in its own way, so it works neither with"
+                " several images per row nor with masks: leave it out, or use `color_jitter`."
+            )
         self.image_columns, self.mask_column = image_columns, mask_column
         size = output_size(processor)
         mean, std = tuple(processor.image_mean), tuple(processor.image_std)
-        if args.auto_augment:
-            if len(image_columns) > 1 or mask_column:
-                raise ValueError(
-                    f"`auto_augment` {args.auto_augment} moves each image in its own way, so it works neither with"
-                    " several images per row nor with masks: leave it out, or use `color_jitter`."
-                )
-            self.move: Any = v2.Identity()
-            self.finish: Any = create_transform(
-                (3, *size),
-                is_training=True,
-                scale=(args.crop_scale[0], args.crop_scale[1]),
-                hflip=args.horizontal_flip,
-                auto_augment=args.auto_augment,
-                interpolation="bicubic",
-                mean=mean,
-                std=std,
-                re_prob=args.random_erasing,
-                re_mode="pixel",
-            )
-            for step in self.finish.transforms:
-                for operation in getattr(step, "ops", []):
-                    if operation.aug_fn is auto_augment.posterize:
-                        operation.aug_fn = posterize
-            return
-        bicubic = v2.InterpolationMode.BICUBIC
-        crop: Any = v2.Resize(size, bicubic)
+        crop: Any = v2.Resize(size, BICUBIC)
         if args.crop_scale[0] < 1:
-            crop = v2.RandomResizedCrop(size, args.crop_scale, interpolation=bicubic)
-        self.move = v2.Compose([crop, v2.RandomHorizontalFlip(args.horizontal_flip)])
-        jitter = args.color_jitter
-        self.finish = v2.Compose(
+            crop = v2.RandomResizedCrop(size, args.crop_scale, interpolation=BICUBIC)
+        self.geometric = v2.Compose([crop, v2.RandomHorizontalFlip(args.horizontal_flip)])
+        colors: list[Any] = []
+        if args.auto_augment:
+            colors = [to_pil_image, timm_policy(args.auto_augment, size, mean), v2.PILToTensor()]
+        elif args.color_jitter:
+            colors = [v2.ColorJitter(args.color_jitter, args.color_jitter, args.color_jitter)]
+        self.photometric = v2.Compose(
             [
-                v2.ColorJitter(jitter, jitter, jitter) if jitter else v2.Identity(),
-                v2.PILToTensor(),
+                *colors,
+                v2.Lambda(torch.Tensor.contiguous),  # interleaved channels, as those of PIL, take longer
                 v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(mean, std),
-                v2.RandomErasing(args.random_erasing, value="random"),
+                v2.Normalize(mean, std, inplace=True),
+                RandomErasing(args.random_erasing, mode="pixel", device="cpu"),
             ]
         )
 
@@ -143,18 +140,29 @@ class TrainingTransform:
         batch: dict[str, list[Any]] = {"pixel_values": [], "labels": rows["labels"]}
         if self.mask_column is not None:
             batch["mask"] = []
-        for number, images in enumerate(zip(*(rows[column] for column in self.image_columns))):
+        for decoded in decode_rows(rows, self.image_columns, self.mask_column):
+            first = decoded[self.image_columns[0]]
             # torchvision moves several images together only if they have the same size
-            row: list[Any] = [image.resize(images[0].size, PIL.Image.Resampling.BICUBIC) for image in images]
+            images = [v2.functional.to_image(decoded[column]) for column in self.image_columns]
+            row = [v2.functional.resize(image, [first.height, first.width], BICUBIC) for image in images]
             if self.mask_column is not None:
-                mask = as_mask(rows[self.mask_column][number], images[0])
+                mask = as_mask(decoded[self.mask_column], first)
                 row.append(tv_tensors.Mask(v2.functional.pil_to_tensor(mask)))
-            row = self.move(row)
+            row = self.geometric(row)
             if self.mask_column is not None:
                 batch["mask"].append(row.pop()[0] / 255)
-            pixel_values = [self.finish(image) for image in row]
+            pixel_values = [self.photometric(image) for image in row]
             batch["pixel_values"].append(torch.stack(pixel_values) if len(row) > 1 else pixel_values[0])
         return batch
+
+
+def decode_rows(
+    rows: dict[str, list[Any]], image_columns: Sequence[str], mask_column: str | None
+) -> Iterator[dict[str, PIL.Image.Image]]:
+    """The images of each row by their columns, each decoded once; a mask may be an image too."""
+    columns = dict.fromkeys([*image_columns, *([mask_column] if mask_column else [])])
+    for images in zip(*(rows[column] for column in columns)):
+        yield dict(zip(columns, map(decode_image, images)))
 
 
 def as_mask(mask: PIL.Image.Image, image: PIL.Image.Image) -> PIL.Image.Image:
@@ -162,9 +170,29 @@ def as_mask(mask: PIL.Image.Image, image: PIL.Image.Image) -> PIL.Image.Image:
     return mask.convert("L").resize(image.size, PIL.Image.Resampling.NEAREST)
 
 
+def timm_policy(name: str, size: tuple[int, int], mean: tuple[float, ...]) -> Any:
+    """A policy of timm as its training transforms have it, for images of that size; the mean fills what is vacated."""
+    _, policy, _ = create_transform(
+        (3, *size), is_training=True, auto_augment=name, interpolation="bicubic", mean=mean, separate=True
+    )
+    for step in policy.transforms:
+        for operation in getattr(step, "ops", []):
+            if operation.aug_fn is auto_augment.posterize:
+                operation.aug_fn = posterize
+    return policy
+
+
 def posterize(image: PIL.Image.Image, bits: int, **kwargs) -> PIL.Image.Image:
     """Keeps one bit where timm (1.0.31) asks for none, at full strength, which Pillow refuses since its release 13."""
     return auto_augment.posterize(image, max(bits, 1))
+
+
+def to_pil_image(image: torch.Tensor) -> PIL.Image.Image:
+    """
+    An image of bytes (3, height, width). Merging its channels takes a fifth of the time of `v2.ToPILImage`, which
+    interleaves them.
+    """
+    return PIL.Image.merge("RGB", [PIL.Image.fromarray(channel) for channel in image.numpy()])
 
 
 class EvaluationTransform:
@@ -174,12 +202,14 @@ class EvaluationTransform:
         self.processor, self.image_columns, self.mask_column = processor, image_columns, mask_column
 
     def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        images = first = rows[self.image_columns[0]]
+        decoded = list(decode_rows(rows, self.image_columns, self.mask_column))
+        first = self.image_columns[0]
+        images: list[Any] = [row[first] for row in decoded]
         if len(self.image_columns) > 1:
-            images = list(zip(*(rows[column] for column in self.image_columns)))
+            images = [tuple(row[column] for column in self.image_columns) for row in decoded]
         batch = {"pixel_values": self.processor(images, return_tensors="pt")["pixel_values"], "labels": rows["labels"]}
         if self.mask_column is not None:
-            masks = [as_mask(mask, image) for mask, image in zip(rows[self.mask_column], first)]
+            masks = [as_mask(row[self.mask_column], row[first]) for row in decoded]
             processed = self.processor(masks, do_convert_rgb=True, do_normalize=False, return_tensors="pt")
             batch["mask"] = processed["pixel_values"][:, 0]
         return {name: list(values) for name, values in batch.items()}
@@ -204,7 +234,7 @@ class Collator:
         self.num_classes, self.multi_label, self.mixup = num_classes, multi_label, mixup
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        pixel_values = torch.stack([row["pixel_values"] for row in rows])
+        pixel_values = default_collate([row["pixel_values"] for row in rows])  # in a worker, into shared memory
         if self.multi_label:
             labels = torch.zeros(len(rows), self.num_classes)
             for row, ones in zip(rows, labels):

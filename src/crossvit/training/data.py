@@ -11,11 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Image data sets for training and evaluation: loaded, split and decoded by `datasets`, and checked here."""
+"""Image datasets for training and evaluation: loaded and split by `datasets`, and checked here."""
 
 import glob
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -26,11 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import fsspec
-import PIL.Image
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from .errors import CommandError
+from .images import decode_image
 
 
 # The usual names of splits and of their folders, and the names used here
@@ -39,9 +37,6 @@ SPLIT_NAMES = {
     **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-
-# Formats of photos. Pillow opens files of others too, whatever their names: for EPS it starts Ghostscript
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "JPEG2000", "TIFF", "BMP", "GIF", "PPM")
 
 
 @dataclass
@@ -88,18 +83,6 @@ class PhotoFolder(ImageFolder):
     EXTENSIONS = [*ImageFolder.EXTENSIONS, ".avif"]
 
 
-class PhotoColumn(datasets.Image):
-    """A column of images of the [`image_formats`]; `datasets.Image` opens files of all formats that Pillow has."""
-
-    def decode_example(self, value: dict[str, Any], token_per_repo_id: Any = None) -> Any:
-        content = value["bytes"]
-        if content is None:
-            with fsspec.open(value["path"], "rb") as file:  # of a stream, it may be on the Hub
-                content = file.read()
-        with PIL.Image.open(io.BytesIO(content), formats=image_formats()):  # reads only the header
-            return super().decode_example({**value, "bytes": content}, token_per_repo_id)
-
-
 @dataclass
 class LabelledImages:
     """
@@ -107,8 +90,8 @@ class LabelledImages:
 
     Args:
         splits (`dict[str, datasets.Dataset | datasets.IterableDataset]`):
-            By name ("train", "validation", "test" or others), rows of images (decoded, RGB) in the columns below, and
-            "labels": the index of a class, or the list of the indices of several.
+            By name ("train", "validation", "test" or others), rows of images in the columns below, not decoded (see
+            [`decode_image`]), and "labels": the index of a class, or the list of the indices of several.
         class_names (`list[str]`):
             The name of each class, by its index.
         multi_label (`bool`):
@@ -161,8 +144,6 @@ class LabelledImages:
             return None
         digest = hashlib.sha256()
         for name, split in self.splits.items():
-            for column in self.image_columns:
-                split = split.cast_column(column, datasets.Image(decode=False))
             # A column of paths can be read without the bytes of the images, which parquet files hold
             rows = split.flatten().with_format(None)
             files = [
@@ -229,8 +210,7 @@ class LabelledImages:
         transparent = 0
         columns = dict.fromkeys(column for column in (*self.image_columns, self.mask_column) if column)
         for (name, split), column in itertools.product(self.splits.items(), columns):
-            encoded = split.select_columns(column).cast_column(column, datasets.Image(decode=False))
-            findings = encoded.map(
+            findings = split.select_columns(column).map(
                 inspect_image,
                 input_columns=column,
                 remove_columns=column,
@@ -349,7 +329,7 @@ def split_folders(folder: Path) -> dict[str, Path]:
 def select_columns(
     source: ImageSource, splits: dict[str, Any], mask_column: str | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """The splits with the columns of images and masks, decoded as RGB, and "labels"; and the columns of images."""
+    """The splits with the columns of images and masks, not decoded, and "labels"; and the columns of images."""
     # Some streams know their columns only after a look at the first row
     splits = {name: split if split.features else split._resolve_features() for name, split in splits.items()}
     features = next(iter(splits.values())).features
@@ -364,9 +344,9 @@ def select_columns(
                 " name the columns with --image_columns and --label_column"
             )
         for column in columns:
-            split = split.cast_column(column, PhotoColumn(mode="RGB"))
+            split = split.cast_column(column, datasets.Image(decode=False))
         split = split.select_columns([*columns, label_column])
-        # After the casts: renaming a column of a stream decodes its images
+        # After the casts, as renaming a column of a stream would decode its images
         splits[name] = split if label_column == "labels" else split.rename_column(label_column, "labels")
     return splits, image_columns
 
@@ -420,29 +400,20 @@ def labels_of(split: datasets.Dataset, multi_label: bool) -> Iterable[list[Any]]
 
 
 def inspect_image(image: dict[str, Any] | None, is_mask: bool) -> dict[str, Any]:
-    """Why an encoded image or mask cannot be used, or "", and whether it has transparent pixels."""
-    if image is None:
-        return {"problem": "without an image", "transparent": False}
-    problem, transparent = "", False
+    """Why an image or mask cannot be used, or "", and whether it has transparent pixels."""
     try:
-        decoded = PhotoColumn().decode_example(image)
-    except Exception as error:  # formats raise errors of many types
-        problem = str(error)
-    else:
-        transparent = "A" in decoded.getbands() or "transparency" in decoded.info
-        transparent = transparent and decoded.convert("RGBA").getextrema()[3][0] < 255
-        brightest = decoded.convert("L").getextrema()[1]
-        if decoded.mode.startswith(("I", "F")):
-            problem = "more than 8 bits per channel; convert it to 8"
-        elif is_mask and 0 < brightest < 128:
-            problem = f"the brightest pixel of the mask is {brightest} of 255; objects must be white"
+        decoded: Any = decode_image(image, mode=None)
+    except CommandError as error:
+        return {"problem": str(error), "transparent": False}
+    transparent = "A" in decoded.getbands() or "transparency" in decoded.info
+    transparent = transparent and decoded.convert("RGBA").getextrema()[3][0] < 255
+    brightest = decoded.convert("L").getextrema()[1]
+    problem = ""
+    if decoded.mode.startswith(("I", "F")):
+        problem = "more than 8 bits per channel; convert it to 8"
+    elif is_mask and 0 < brightest < 128:
+        problem = f"the brightest pixel of the mask is {brightest} of 255; objects must be white"
     return {"problem": problem and f"{image['path'] or 'an image'}: {problem}", "transparent": transparent}
-
-
-def image_formats() -> list[str]:
-    """Those of `IMAGE_FORMATS` that the installed Pillow has."""
-    PIL.Image.init()
-    return [name for name in IMAGE_FORMATS if name in PIL.Image.OPEN]
 
 
 def some(names: Iterable[str], limit: int = 5) -> str:
