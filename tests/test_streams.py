@@ -4,10 +4,15 @@ import threading
 from collections import Counter
 
 import datasets
+import PIL.Image
+import PIL.ImageFile
 import pytest
 import torch
 from accelerate.utils import recursively_apply
 
+from crossvit import CrossViTImageProcessor
+from crossvit.training.augmentation import AugmentationArguments, TrainingTransform
+from crossvit.training.data import ImageSource, LabelledImages
 from crossvit.training.streams import ImageStream, StreamLoader
 
 
@@ -187,3 +192,24 @@ def test_an_interrupted_epoch_continues_where_it_stopped(given, workers):
 def test_an_empty_stream_is_an_error():
     with pytest.raises(ValueError, match="no images, or fewer than a batch"):
         in_processes(1, lambda process: labels_of(loader_of(stream_of(3), process, drop_last=True)))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_images_are_decoded_once_and_not_encoded(zoo, monkeypatch, processes):
+    """Neither to shuffle them, nor for the rows of other processes."""
+    decoded, load = [], PIL.ImageFile.ImageFile.load
+
+    def count(image):
+        if image.tile:
+            decoded.append(image)
+        return load(image)
+
+    images = LabelledImages.load(ImageSource(str(zoo), streaming=True))
+    transform = TrainingTransform(AugmentationArguments(), CrossViTImageProcessor())
+    monkeypatch.setattr(PIL.ImageFile.ImageFile, "load", count)
+    monkeypatch.setattr(PIL.Image.Image, "save", None)
+    for index in range(processes):
+        part = ImageStream(images.splits["train"], transform, shuffle_buffer_size=4)
+        part.process_index, part.num_processes = index, processes
+        list(part)
+    assert len(decoded) == 24
