@@ -1,12 +1,17 @@
 """The benchmark measures every task, refuses to time wrong logits, and keeps what it measured before Ctrl-C."""
 
+import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
 from benchmarks import benchmark, measuring
+
+from crossvit import CrossViTImageProcessor
 
 
 @pytest.mark.slow
@@ -27,8 +32,13 @@ def test_benchmark_measures_every_task(tmp_path):
     assert min(values["memory"].values())[0] > 4 * 4 * 7_014_800
 
 
+def plan(*options: str) -> Iterator[measuring.Cell]:
+    for cell in benchmark.plan(benchmark.parse_arguments(["--variants", "crossvit_tiny", *options])):
+        yield measuring.Cell(**{**cell, "variant": benchmark.VARIANTS[cell["variant"]], "device": "cpu"})
+
+
 def test_wrong_logits_are_not_timed(monkeypatch):
-    cell = next(benchmark.plan(benchmark.parse_arguments(["--variants", "crossvit_tiny", "--batch_sizes", "1"])))
+    cell = next(plan("--batch_sizes", "1"))
     build_model = measuring.build_model
 
     def build_wrong_model(name, cell):
@@ -40,8 +50,16 @@ def test_wrong_logits_are_not_timed(monkeypatch):
     monkeypatch.setattr(measuring, "build_model", build_wrong_model)
     monkeypatch.setattr(measuring, "time_in_turns", lambda *_: pytest.fail("timed"))
     with pytest.raises(RuntimeError, match="ours differs from timm"):
-        variant = benchmark.VARIANTS[cell["variant"]]
-        measuring.measure(measuring.Cell(**{**cell, "variant": variant, "device": "cpu"}), seconds=0)
+        measuring.measure(cell, seconds=0)
+
+
+def test_wrong_pixels_are_not_timed(monkeypatch):
+    monkeypatch.setattr(measuring, "READ_IMAGES", 16)
+    monkeypatch.setattr(measuring, "CrossViTImageProcessor", partial(CrossViTImageProcessor, image_std=[0.1] * 3))
+    monkeypatch.setattr(measuring, "time_in_turns", lambda *_: pytest.fail("timed"))
+    for cell in itertools.islice(plan("--tasks", "reading"), 3):  # The others differ in the process that reads
+        with pytest.raises(RuntimeError, match="ours differs from timm"):
+            measuring.measure(cell, seconds=0)
 
 
 def test_interrupted_run_keeps_what_it_measured(monkeypatch, tmp_path, capsys):

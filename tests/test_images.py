@@ -1,4 +1,4 @@
-"""Image files are decoded as `datasets` decodes them, but only those of photos, and errors name them."""
+"""Image files are decoded as `datasets` does it, but only formats of photos, and errors name the file."""
 
 import io
 import zipfile
@@ -43,11 +43,11 @@ FILES = {
     **{f"JPEG {mode}": encoded(photo(mode), "JPEG") for mode in ("RGB", "L", "CMYK")},
     **{f"PNG {mode}": encoded(photo(mode)) for mode in ("RGB", "RGBA", "L", "LA", "1", "P")},
     **{f"JPEG, orientation {number}": rotated(number, "JPEG") for number in range(1, 9)},
-    **{f"{format}, orientation 6": rotated(6, format) for format in ("PNG", "WEBP", "TIFF")},
+    **{f"{format}, orientation 6": rotated(6, format) for format in ("PNG", "WEBP")},
     "PNG P, transparent": palette_with_transparency(),
     "WebP RGBA": encoded(photo("RGBA"), "WEBP", lossless=True),
     "GIF animated": animated(),
-    "BMP": encoded(photo(), "BMP"),
+    **{format: encoded(photo(), format) for format in ("BMP", "TIFF", "PPM")},
 }
 if PIL.features.check("avif"):
     FILES |= {"AVIF": encoded(photo(), "AVIF"), "AVIF, orientation 6": rotated(6, "AVIF")}
@@ -84,7 +84,7 @@ def test_images_may_lie_in_archives_and_other_file_systems(tmp_path):
     ],
     ids=["text", "empty", "other format", "truncated JPEG", "truncated PNG"],
 )
-def test_what_is_no_image_is_named(tmp_path, content, message):
+def test_unreadable_files_are_named(tmp_path, content, message):
     path = tmp_path / "ant" / "0.jpg"
     path.parent.mkdir()
     path.write_bytes(content)

@@ -19,11 +19,15 @@ from typing import Any
 
 VARIANTS_FILE = Path(__file__).parents[2] / "conversion" / "variants.json"
 VARIANTS = {variant["name"]: variant for variant in json.loads(VARIANTS_FILE.read_text(encoding="utf-8"))}
-TASKS = ("inference", "training", "memory", "preprocessing", "loading", "pipeline")
+TASKS = ("inference", "training", "memory", "preprocessing", "reading", "loading", "pipeline")
 DTYPES = ("float32", "bfloat16")
 MODES = ("eager", "compiled", "reduce-overhead", "checkpointing")
-BACKENDS = ("torchvision", "pil")
 PREPROCESSED_IMAGES = 32
+# What does not depend on the model: backends of our image processor; augmentation, in the main process or by a worker
+PREPROCESSING_MODES = {
+    "preprocessing": ("torchvision", "pil"),
+    "reading": [f"{name}{where}" for where in ("", ", worker") for name in ("fine-tuning", "recipe", "evaluation")],
+}
 QUICK = {"variants": ["crossvit_tiny", "crossvit_9_dagger"], "batch_sizes": [8], "modes": ["eager"], "seconds": 2.0}
 
 # A cell, by its first columns of the table, is what all contenders do in turns
@@ -59,19 +63,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def plan(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The cells to measure."""
-    preprocessed_sizes = set()
+    preprocessed = set()
     for variant, task in itertools.product(args.variants, args.tasks):
         choices = (args.batch_sizes, args.dtypes, args.modes, args.attn_implementation)
         if task == "loading":
             choices = ([1], ["float32"], ["eager"], [None])
         elif task == "pipeline":
             choices = (args.batch_sizes, args.dtypes, ["eager"], args.attn_implementation)
-        elif task == "preprocessing":
-            choices = ([PREPROCESSED_IMAGES], ["float32"], BACKENDS, [None])
+        elif task in PREPROCESSING_MODES:
+            choices = ([PREPROCESSED_IMAGES], ["float32"], PREPROCESSING_MODES[task], [None])
             image_size = VARIANTS[variant]["preprocessing"]["input"]
-            if image_size in preprocessed_sizes:  # Preprocessing does not depend on anything else of a variant
+            if (task, image_size) in preprocessed:  # It does not depend on anything else of a variant
                 continue
-            preprocessed_sizes.add(image_size)
+            preprocessed.add((task, image_size))
         for choice in itertools.product(*choices):
             yield dict(zip(CELL, (variant, task, *choice), strict=True))
 
