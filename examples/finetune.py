@@ -78,9 +78,6 @@ class ModelArguments:
         default=0, metadata={"help": "Train only adapters of this rank (LoRA) and the heads; 0: all weights."}
     )
     drop_path_rate: float | None = field(default=None, metadata={"help": "Stochastic depth; default: the model's."})
-    average_decay: float | None = field(
-        default=None, metadata={"help": "Decay of a moving average of the weights, which is evaluated and saved."}
-    )
 
     def __post_init__(self):
         if (self.model is None) == (self.config is None):
@@ -131,9 +128,7 @@ def main() -> None:
 
     images = prepare_images(data, args, guidance.mask_column)
     model = make_model(model_args, images, pretrained, config, processor)
-    trainer = make_trainer(
-        model, processor, images, data, augmentation, args, model_args.average_decay, guidance.mask_weight
-    )
+    trainer = make_trainer(model, processor, images, data, augmentation, args, guidance.mask_weight)
     if model_args.lora_rank and trainer.is_fsdp_enabled:
         raise CommandError("--lora_rank: adapters are too small for FSDP; use one of them")
     train(trainer, images)

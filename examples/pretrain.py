@@ -72,9 +72,6 @@ class PretrainArguments:
     warmup_learning_rate: float = field(default=0.0, metadata={"help": "Learning rate at the beginning."})
     min_learning_rate: float = field(default=0.0, metadata={"help": "Learning rate at the end."})
     drop_path_rate: float = field(default=0.0, metadata={"help": "Stochastic depth."})
-    average_decay: float = field(
-        default=0.0, metadata={"help": "Decay of the moving average of the weights; 0 for none."}
-    )
 
 
 def read_recipe(path: str, known: set[str]) -> dict[str, Any]:
@@ -173,7 +170,7 @@ def main() -> None:
     config.label2id = {name: index for index, name in config.id2label.items()}
     config.problem_type = "single_label_classification"  # even where the labels are probabilities
     model = CrossViTForImageClassification(config)
-    trainer = make_trainer(model, processor, images, data, augmentation, args, recipe.average_decay or None)
+    trainer = make_trainer(model, processor, images, data, augmentation, args)
     train(trainer, images)
     finish(trainer, images, data)
 

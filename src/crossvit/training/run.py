@@ -72,7 +72,6 @@ def make_trainer(
     data: DataArguments,
     augmentation: AugmentationArguments,
     args: TrainingArguments,
-    average_decay: float | None = None,
     mask_weight: float = 0.0,
 ) -> CrossViTTrainer:
     """
@@ -110,7 +109,6 @@ def make_trainer(
         processing_class=processor,
         compute_metrics=metric.of_prediction,
         preprocess_logits_for_metrics=metric.reduce_logits,
-        average_decay=average_decay,
         augmentation_repeats=augmentation.augmentation_repeats,
     )
 

@@ -11,9 +11,8 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The Trainer for CrossViT: the recipe's loss, weight decay, sampling and moving average, and its model card."""
+"""The Trainer for CrossViT: the recipe's loss, weight decay and sampling, and its model card."""
 
-import contextlib
 import json
 import logging
 from pathlib import Path
@@ -22,7 +21,6 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -31,13 +29,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..configuration_crossvit import CrossViTConfig
 from ..modeling_crossvit import CrossViTForImageClassification
 from .augmentation import RepeatedAugmentationSampler
-from .ema import ExponentialMovingAverage
 
 
 logger = logging.getLogger(__name__)
-
-# Beside model.safetensors, which then holds the average, in a checkpoint of a training that goes on
-TRAINING_WEIGHTS_NAME = "training_weights.safetensors"
 
 
 class CrossViTTrainer(Trainer):
@@ -47,13 +41,11 @@ class CrossViTTrainer(Trainer):
     - class tokens and position embeddings are not decayed, as in the reference;
     - labels may be probabilities, as mixup and cutmix make them, with label smoothing or without. The loss of any kind
       of labels is a mean over all images of a step, however they are spread over processes and accumulated;
-    - images are repeated, and a moving average of the weights is evaluated and saved, on request;
+    - images are repeated, on request;
     - a model sharded by FSDP is saved whole;
     - the model card names the origin of weights from a folder.
 
     Args:
-        average_decay (`float`, *optional*):
-            Decay of the [`ExponentialMovingAverage`], between 0 and 1; none by default.
         train_data_collator (`Callable`, *optional*):
             Makes the batches of the training; `data_collator` makes those of evaluations, and by default both.
         augmentation_repeats (`int`, *optional*, defaults to 1):
@@ -65,21 +57,14 @@ class CrossViTTrainer(Trainer):
     def __init__(
         self,
         *args,
-        average_decay: float | None = None,
         train_data_collator: Any = None,
         augmentation_repeats: int = 1,
         **kwargs,
     ):
-        if average_decay is not None and not 0 < average_decay < 1:
-            raise ValueError(f"`average_decay` must be between 0 and 1, got {average_decay}.")
-        self.average_decay = average_decay
         self.train_data_collator = train_data_collator
         self.augmentation_repeats = augmentation_repeats
-        self.average: ExponentialMovingAverage | None = None
         self.repeating_sampler: RepeatedAugmentationSampler | None = None
         super().__init__(*args, **kwargs)
-        if average_decay is not None and (self.is_fsdp_enabled or self.model_init is not None):
-            raise ValueError("`average_decay` needs a whole model: it works neither with FSDP nor with `model_init`.")
         if self.compute_loss_func is None and isinstance(base_model(self.model), CrossViTForImageClassification):
             self.compute_loss_func = self.classification_loss
         self.add_callback(TrainingSteps(self))
@@ -181,27 +166,6 @@ class CrossViTTrainer(Trainer):
             text = text.replace("is a fine-tuned version of [](https://huggingface.co/)", origin)
             card.write_text(text, encoding="utf-8")
 
-    def train(self, *args, **kwargs) -> Any:
-        """As [`~transformers.Trainer.train`]. The model has the average of its weights afterwards, if there is one."""
-        if self.average_decay is not None:
-            self.average = ExponentialMovingAverage(self.model, self.average_decay)
-        result = super().train(*args, **kwargs)
-        if self.average is not None:
-            self.average.apply()
-            self.average = None
-        return result
-
-    def averaged(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.average is None else self.average.applied()
-
-    def evaluation_loop(self, *args, **kwargs) -> Any:
-        with self.averaged():
-            return super().evaluation_loop(*args, **kwargs)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with self.averaged():
-            super()._save(output_dir, state_dict)
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
         As [`~transformers.Trainer.save_model`], but a model sharded by FSDP is saved whole, for `from_pretrained`.
@@ -212,23 +176,6 @@ class CrossViTTrainer(Trainer):
         if self.is_fsdp_enabled and not Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR):
             if "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type):
                 self._save(folder, state_dict=self.accelerator.get_state_dict(self.model))
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self.average = None  # the best checkpoint holds an average itself
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.average is not None and self.args.should_save:
-            weights = {name: weight.detach() for name, weight in self.model.named_parameters() if weight.requires_grad}
-            save_file(weights, Path(output_dir) / TRAINING_WEIGHTS_NAME)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.average is not None:
-            self.average = ExponentialMovingAverage(self.model, self.average_decay)
-            weights = load_file(Path(resume_from_checkpoint) / TRAINING_WEIGHTS_NAME)
-            self.model.load_state_dict(weights, strict=False)
 
 
 class TrainingSteps(TrainerCallback):
@@ -241,10 +188,6 @@ class TrainingSteps(TrainerCallback):
         # The data loaders of several processes do not set it when a run resumes within an epoch
         if self.trainer.repeating_sampler is not None:
             self.trainer.repeating_sampler.set_epoch(int(state.epoch or 0))
-
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs) -> None:
-        if self.trainer.average is not None:
-            self.trainer.average.update(state.global_step)
 
 
 def last_usable_checkpoint(output_dir: str | Path) -> str | None:
