@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The Trainer for CrossViT: the recipe's loss, weight decay and sampling, and its model card."""
+"""The Trainer for CrossViT: the recipe's loss and sampling, and its model card."""
 
 import json
 import logging
@@ -38,7 +38,6 @@ class CrossViTTrainer(Trainer):
     """
     Transformers' [`~transformers.Trainer`], which differs where a CrossViT or its recipe asks for it:
 
-    - class tokens and position embeddings are not decayed, as in the reference;
     - labels may be probabilities, as mixup and cutmix make them, with label smoothing or without. The loss of any kind
       of labels is a mean over all images of a step, however they are spread over processes and accumulated;
     - images are repeated, on request;
@@ -116,10 +115,6 @@ class CrossViTTrainer(Trainer):
         if self.args.n_gpu > 1:  # the Trainer multiplies by it, for losses that each replica takes the mean of
             num_items_in_batch = torch.as_tensor(num_items_in_batch).flatten()[0] * self.args.n_gpu
         return total / num_items_in_batch
-
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        names = super().get_decay_parameter_names(model)
-        return [name for name in names if not name.endswith(("cls_token", "position_embeddings"))]
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         data_collator = self.data_collator
