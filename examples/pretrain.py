@@ -24,7 +24,9 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTIma
 from crossvit.training.augmentation import AugmentationArguments
 from crossvit.training.data import DataArguments
 from crossvit.training.errors import CommandError
+from crossvit.training.learning_rates import cosine_by_epoch
 from crossvit.training.run import TRAINING_DEFAULTS, finish, make_trainer, prepare_images, train
 
 
@@ -47,7 +50,7 @@ PLAN_BATCH_ON_CPU = 8  # as fast per image as more at once
 DEFAULTS = {
     "output_dir": "outputs/pretrain",
     "per_device_eval_batch_size": 128,
-    "lr_scheduler_type": "cosine_warmup_with_min_lr",
+    "lr_scheduler_type": "cosine",
     "load_best_model_at_end": False,  # as in the paper, the last weights count
 }
 
@@ -57,20 +60,24 @@ class PretrainArguments:
     """Which model to train by which recipe."""
 
     variant: str | None = field(default=None, metadata={"help": "One of the published models, such as crossvit_15."})
-    config: str | None = field(default=None, metadata={"help": "Instead: folder, file or Hub id of one."})
+    config: str | None = field(
+        default=None, metadata={"help": "Config to train, instead of --variant (folder, file or Hub ID)."}
+    )
     recipe: str = field(
         default=str(Path(__file__).parent / "paper_recipe.json"),
         metadata={"help": "JSON file with values of these options."},
     )
     plan: bool = field(
-        default=False, metadata={"help": "Measure this machine, print what 1, 8 and 32 of it would need, and end."}
+        default=False,
+        metadata={"help": "Benchmark this device, estimate the training time on 1, 8 and 32 of them, and exit."},
     )
-    total_batch_size: int = field(default=4096, metadata={"help": "Images of a step, of all devices together."})
+    total_batch_size: int = field(default=4096, metadata={"help": "Global batch size."})
     learning_rate_batch_size: int = field(
-        default=4096, metadata={"help": "Images of a step for which --learning_rate is; it grows in proportion."}
+        default=4096,
+        metadata={"help": "Reference batch size of --learning_rate, which scales linearly with --total_batch_size."},
     )
-    warmup_learning_rate: float = field(default=0.0, metadata={"help": "Learning rate at the beginning."})
-    min_learning_rate: float = field(default=0.0, metadata={"help": "Learning rate at the end."})
+    warmup_learning_rate: float = field(default=0.0, metadata={"help": "Learning rate at the start of the warmup."})
+    min_learning_rate: float = field(default=0.0, metadata={"help": "Learning rate at the end of the cosine."})
     drop_path_rate: float = field(default=0.0, metadata={"help": "Stochastic depth."})
 
 
@@ -112,10 +119,18 @@ def set_batch_and_learning_rate(recipe: PretrainArguments, args: TrainingArgumen
         )
     args.gradient_accumulation_steps = recipe.total_batch_size // at_once
     args.learning_rate *= recipe.total_batch_size / recipe.learning_rate_batch_size
-    args.lr_scheduler_kwargs = {
-        "min_lr": recipe.min_learning_rate,
-        "warmup_lr_rate": recipe.warmup_learning_rate / args.learning_rate,
-    }
+
+
+def learning_rate_schedule(recipe: PretrainArguments, args: TrainingArguments) -> Callable[..., float] | None:
+    """The cosine of the authors' script; `None` for the other schedules of Transformers."""
+    if args.lr_scheduler_type != "cosine":
+        return None
+    return partial(
+        cosine_by_epoch,
+        num_epochs=args.num_train_epochs,
+        warmup_lr_rate=recipe.warmup_learning_rate / args.learning_rate,
+        min_lr_rate=recipe.min_learning_rate / args.learning_rate,
+    )
 
 
 def print_plan(config: CrossViTConfig, recipe: PretrainArguments, args: TrainingArguments) -> None:
@@ -170,7 +185,8 @@ def main() -> None:
     config.label2id = {name: index for index, name in config.id2label.items()}
     config.problem_type = "single_label_classification"  # even where the labels are probabilities
     model = CrossViTForImageClassification(config)
-    trainer = make_trainer(model, processor, images, data, augmentation, args)
+    schedule = learning_rate_schedule(recipe, args)
+    trainer = make_trainer(model, processor, images, data, augmentation, args, learning_rate_schedule=schedule)
     train(trainer, images)
     finish(trainer, images, data)
 

@@ -1,7 +1,6 @@
 """The paper's recipe: its numbers, how they scale, and that it learns."""
 
 import json
-import math
 
 import numpy as np
 import PIL.Image
@@ -10,6 +9,7 @@ import torch
 from examples_in_process import EXAMPLES, history, results
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from timm_reference import authors_learning_rates
 
 from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
 
@@ -36,15 +36,15 @@ def test_the_recipe_is_that_of_the_paper():
 
 
 def test_steps_and_learning_rates(example, options, tmp_path):
-    example("pretrain", *options, "--num_train_epochs", "10", "--learning_rate", "1e-3")
+    example("pretrain", *options, "--num_train_epochs", "10", "--learning_rate", "1e-3", "--warmup_steps", "0.2")
     # 24 images in accumulated batches of 4 times 4: two steps per epoch
-    rates = history(tmp_path / "out", "learning_rate")
-    assert len(rates) == 20
-    peak = 1e-3 * 16 / 8
-    # Linear warm-up in the first tenth, then a cosine to the floor
-    assert rates[0] == pytest.approx(1e-6) and max(rates) == pytest.approx(peak)
-    expected = [1e-5 + (peak - 1e-5) * (1 + math.cos(math.pi * step / 18)) / 2 for step in range(1, 19)]
-    np.testing.assert_allclose(rates[2:], expected, rtol=1e-6)
+    expected = authors_learning_rates(10, 2, peak=1e-3 * 16 / 8)
+    np.testing.assert_allclose(history(tmp_path / "out", "learning_rate"), np.repeat(expected, 2), rtol=1e-13)
+
+
+def test_other_schedules(example, options, tmp_path):
+    example("pretrain", *options, "--max_steps", "4", "--lr_scheduler_type", "linear", "--warmup_steps", "0")
+    np.testing.assert_allclose(history(tmp_path / "out", "learning_rate"), [0.008, 0.006, 0.004, 0.002], rtol=1e-13)
 
 
 @pytest.mark.parametrize(

@@ -73,10 +73,11 @@ def make_trainer(
     augmentation: AugmentationArguments,
     args: TrainingArguments,
     mask_weight: float = 0.0,
+    **options,
 ) -> CrossViTTrainer:
     """
-    Creates the Trainer, a [`GuidedAttentionTrainer`] if the images have masks. The best checkpoint has the best
-    accuracy, or the best F1 if images have several labels.
+    Creates the Trainer, a [`GuidedAttentionTrainer`] if the images have masks, with further `options` of
+    [`CrossViTTrainer`]. The best checkpoint has the best accuracy, or the best F1 if images have several labels.
 
     Raises:
         `CommandError`: if the images do not suit the model or the augmentation.
@@ -110,6 +111,7 @@ def make_trainer(
         compute_metrics=metric.of_prediction,
         preprocess_logits_for_metrics=metric.reduce_logits,
         augmentation_repeats=augmentation.augmentation_repeats,
+        **options,
     )
 
 

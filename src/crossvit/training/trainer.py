@@ -11,10 +11,12 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The Trainer for CrossViT: the recipe's loss and sampling, and its model card."""
+"""The Trainer for CrossViT: the recipe's loss, learning rates and sampling, and its model card."""
 
 import json
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ class CrossViTTrainer(Trainer):
 
     - labels may be probabilities, as mixup and cutmix make them, with label smoothing or without. The loss of any kind
       of labels is a mean over all images of a step, however they are spread over processes and accumulated;
-    - images are repeated, on request;
+    - images are repeated and the learning rate follows a schedule of your own, on request;
     - a model sharded by FSDP is saved whole;
     - the model card names the origin of weights from a folder.
 
@@ -49,6 +51,9 @@ class CrossViTTrainer(Trainer):
             Makes the batches of the training; `data_collator` makes those of evaluations, and by default both.
         augmentation_repeats (`int`, *optional*, defaults to 1):
             How often an image is drawn, by a [`RepeatedAugmentationSampler`] if more than once.
+        learning_rate_schedule (`Callable[..., float]`, *optional*):
+            Replaces that of `args.lr_scheduler_type`: the multiple of `args.learning_rate` at a step, such as
+            [`cosine_by_epoch`]. It is called with `step`, `num_warmup_steps` and `num_training_steps`.
         args, kwargs:
             As in [`~transformers.Trainer`].
     """
@@ -58,10 +63,12 @@ class CrossViTTrainer(Trainer):
         *args,
         train_data_collator: Any = None,
         augmentation_repeats: int = 1,
+        learning_rate_schedule: Callable[..., float] | None = None,
         **kwargs,
     ):
         self.train_data_collator = train_data_collator
         self.augmentation_repeats = augmentation_repeats
+        self.learning_rate_schedule = learning_rate_schedule
         self.repeating_sampler: RepeatedAugmentationSampler | None = None
         super().__init__(*args, **kwargs)
         if self.compute_loss_func is None and isinstance(base_model(self.model), CrossViTForImageClassification):
@@ -115,6 +122,19 @@ class CrossViTTrainer(Trainer):
         if self.args.n_gpu > 1:  # the Trainer multiplies by it, for losses that each replica takes the mean of
             num_items_in_batch = torch.as_tensor(num_items_in_batch).flatten()[0] * self.args.n_gpu
         return total / num_items_in_batch
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.lr_scheduler is None and self.learning_rate_schedule is not None:
+            schedule = partial(
+                self.learning_rate_schedule,
+                num_warmup_steps=self.args.get_warmup_steps(num_training_steps),
+                num_training_steps=num_training_steps,
+            )
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, schedule)
+            self._created_lr_scheduler = True  # another call of `train` makes its own
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         data_collator = self.data_collator
