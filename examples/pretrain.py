@@ -21,7 +21,6 @@ option of the command, as are those of Transformers' TrainingArguments. The same
 """
 
 import json
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -161,7 +160,7 @@ def print_plan(config: CrossViTConfig, recipe: PretrainArguments, args: Training
         accumulated = max(recipe.total_batch_size // (batch * devices), 1)
         total = batch * devices * accumulated
         learning_rate = args.learning_rate * total / recipe.learning_rate_batch_size
-        steps = args.num_train_epochs * math.ceil(IMAGENET_IMAGES / total)
+        steps = args.num_train_epochs * (IMAGENET_IMAGES // total)
         days = args.num_train_epochs * IMAGENET_IMAGES / (rate * devices) / 86_400
         print(f"{devices:8} {batch:11} {accumulated:12} {learning_rate:14.2g} {steps:8,.0f} {days:8,.1f}")
     print("Days if the devices do not wait for each other or for images.")
@@ -181,12 +180,19 @@ def main() -> None:
     images = prepare_images(data, args)
     if images.multi_label:
         raise CommandError(f"{data.data}: the recipe mixes images with one label each, these have several")
+    if not data.streaming and len(images.splits["train"]) < recipe.total_batch_size:
+        raise CommandError(
+            f"--total_batch_size {recipe.total_batch_size}: there are only {len(images.splits['train'])} images to"
+            " train with; choose a smaller one, and --per_device_train_batch_size if necessary"
+        )
     config.id2label = dict(enumerate(images.class_names))
     config.label2id = {name: index for index, name in config.id2label.items()}
     config.problem_type = "single_label_classification"  # even where the labels are probabilities
     model = CrossViTForImageClassification(config)
     schedule = learning_rate_schedule(recipe, args)
-    trainer = make_trainer(model, processor, images, data, augmentation, args, learning_rate_schedule=schedule)
+    trainer = make_trainer(
+        model, processor, images, data, augmentation, args, drop_incomplete_step=True, learning_rate_schedule=schedule
+    )
     train(trainer, images)
     finish(trainer, images, data)
 

@@ -15,7 +15,7 @@ from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTIma
 
 
 TINY = ["--use_cpu", "--disable_tqdm", "true", "--report_to", "none", "--logging_steps", "1"]
-TINY += ["--total_batch_size", "16", "--per_device_train_batch_size", "4", "--learning_rate_batch_size", "8"]
+TINY += ["--total_batch_size", "8", "--per_device_train_batch_size", "4", "--learning_rate_batch_size", "4"]
 
 
 @pytest.fixture
@@ -37,9 +37,16 @@ def test_the_recipe_is_that_of_the_paper():
 
 def test_steps_and_learning_rates(example, options, tmp_path):
     example("pretrain", *options, "--num_train_epochs", "10", "--learning_rate", "1e-3", "--warmup_steps", "0.2")
-    # 24 images in accumulated batches of 4 times 4: two steps per epoch
-    expected = authors_learning_rates(10, 2, peak=1e-3 * 16 / 8)
-    np.testing.assert_allclose(history(tmp_path / "out", "learning_rate"), np.repeat(expected, 2), rtol=1e-13)
+    # 24 images, two batches of 4 accumulated: three steps per epoch
+    expected = authors_learning_rates(10, 2, peak=1e-3 * 8 / 4)
+    np.testing.assert_allclose(history(tmp_path / "out", "learning_rate"), np.repeat(expected, 3), rtol=1e-13)
+
+
+def test_an_incomplete_step_is_dropped(example, options, tmp_path):
+    """Two accumulated batches of 5 are a step: 4 of the 24 images are left over in each epoch."""
+    sizes = ["--total_batch_size", "10", "--per_device_train_batch_size", "5"]
+    example("pretrain", *options, *sizes, "--num_train_epochs", "2", "--augmentation_repeats", "1")
+    assert len(history(tmp_path / "out", "loss")) == 2 * 2
 
 
 def test_other_schedules(example, options, tmp_path):
@@ -51,6 +58,7 @@ def test_other_schedules(example, options, tmp_path):
     "wrong, message",
     [
         (["--total_batch_size", "18"], "--total_batch_size 18: not a multiple of the 4 images"),
+        (["--total_batch_size", "28"], "--total_batch_size 28: there are only 24 images to train with"),
         (["--recipe", "missing.json"], "--recipe missing.json: not a JSON file"),
         (["--variant", "crossvit_15"], "give --variant, one of the published models, or --config"),
         (["--drop_path_rate", "2"], "`drop_path_rate` must be at least 0 and below 1, got 2.0"),
@@ -90,7 +98,7 @@ def test_the_plan_is_worked_out_from_what_was_measured(example, monkeypatch):
     assert [row[:3] for row in rows] == [["1", "128", "32"], ["8", "128", "4"], ["32", "128", "1"]]
     for devices, batch, accumulated, learning_rate, steps, days in rows:
         assert int(devices) * int(batch) * int(accumulated) == 4096 and float(learning_rate) == 0.004
-        assert int(steps) == 300 * 313
+        assert int(steps) == 300 * 312
         # Days and rates are printed with one decimal
         assert float(days) == pytest.approx(300 * 1_281_167 / (rate * int(devices)) / 86_400, rel=0.02, abs=0.06)
 

@@ -42,7 +42,7 @@ class CrossViTTrainer(Trainer):
 
     - labels may be probabilities, as mixup and cutmix make them, with label smoothing or without. The loss of any kind
       of labels is a mean over all images of a step, however they are spread over processes and accumulated;
-    - images are repeated and the learning rate follows a schedule of your own, on request;
+    - on request, images are repeated, incomplete steps are dropped, and the learning rate follows any function;
     - a model sharded by FSDP is saved whole;
     - the model card names the origin of weights from a folder.
 
@@ -51,6 +51,9 @@ class CrossViTTrainer(Trainer):
             Makes the batches of the training; `data_collator` makes those of evaluations, and by default both.
         augmentation_repeats (`int`, *optional*, defaults to 1):
             How often an image is drawn, by a [`RepeatedAugmentationSampler`] if more than once.
+        drop_incomplete_step (`bool`, *optional*, defaults to `False`):
+            Whether to drop the last images of an epoch that do not fill a step, which is a batch of each process times
+            the accumulated batches. Repeated images always do. Does not apply to streams.
         learning_rate_schedule (`Callable[..., float]`, *optional*):
             Replaces that of `args.lr_scheduler_type`: the multiple of `args.learning_rate` at a step, such as
             [`cosine_by_epoch`]. It is called with `step`, `num_warmup_steps` and `num_training_steps`.
@@ -63,11 +66,13 @@ class CrossViTTrainer(Trainer):
         *args,
         train_data_collator: Any = None,
         augmentation_repeats: int = 1,
+        drop_incomplete_step: bool = False,
         learning_rate_schedule: Callable[..., float] | None = None,
         **kwargs,
     ):
         self.train_data_collator = train_data_collator
         self.augmentation_repeats = augmentation_repeats
+        self.drop_incomplete_step = drop_incomplete_step
         self.learning_rate_schedule = learning_rate_schedule
         self.repeating_sampler: RepeatedAugmentationSampler | None = None
         super().__init__(*args, **kwargs)
@@ -146,11 +151,14 @@ class CrossViTTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        if self.augmentation_repeats == 1:
+        if self.augmentation_repeats == 1 and not self.drop_incomplete_step:
             return super()._get_train_sampler(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.repeating_sampler = RepeatedAugmentationSampler(
-            len(dataset), self.augmentation_repeats, self._train_batch_size, seed
+            num_images=len(dataset),
+            repeats=self.augmentation_repeats,
+            batch_size=self._train_batch_size,
+            num_replicas=self.args.world_size * self.args.gradient_accumulation_steps,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
         )
         return self.repeating_sampler
 
