@@ -50,7 +50,7 @@ DEFAULTS = {
     "output_dir": "outputs/pretrain",
     "per_device_eval_batch_size": 128,
     "lr_scheduler_type": "cosine",
-    "load_best_model_at_end": False,  # as in the paper, the last weights count
+    "load_best_model_at_end": False,  # the best checkpoint is kept beside the last weights, as by the authors' script
 }
 
 

@@ -9,9 +9,11 @@ import torch
 from examples_in_process import EXAMPLES, history, results
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from test_finetune import same_weights
 from timm_reference import authors_learning_rates
 
 from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
+from crossvit.training.metrics import SingleLabelMetric
 
 
 TINY = ["--use_cpu", "--disable_tqdm", "true", "--report_to", "none", "--logging_steps", "1"]
@@ -47,6 +49,23 @@ def test_an_incomplete_step_is_dropped(example, options, tmp_path):
     sizes = ["--total_batch_size", "10", "--per_device_train_batch_size", "5"]
     example("pretrain", *options, *sizes, "--num_train_epochs", "2", "--augmentation_repeats", "1")
     assert len(history(tmp_path / "out", "loss")) == 2 * 2
+
+
+@pytest.mark.parametrize("load_best", [False, True])
+def test_the_last_weights_are_saved_and_the_best_checkpoint_is_kept(
+    example, options, tmp_path, monkeypatch, load_best
+):
+    accuracies = iter([0.2, 0.9, 0.4, 0.5, 0.0])  # of the four epochs and the end
+    monkeypatch.setattr(SingleLabelMetric, "of_prediction", lambda *args: {"accuracy": next(accuracies)})
+    best = ["--load_best_model_at_end", "true"] if load_best else []
+    example("pretrain", *options, "--num_train_epochs", "4", "--warmup_steps", "0", *best)
+    out = tmp_path / "out"
+    # Three steps per epoch
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-12"}
+    state = json.loads((out / "checkpoint-12" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(out / "checkpoint-6")
+    assert same_weights(out, out / "checkpoint-6") == load_best
+    assert same_weights(out, out / "checkpoint-12") != load_best
 
 
 def test_other_schedules(example, options, tmp_path):
