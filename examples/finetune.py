@@ -78,6 +78,10 @@ class ModelArguments:
         default=0, metadata={"help": "Train only adapters of this rank (LoRA) and the heads; 0: all weights."}
     )
     drop_path_rate: float | None = field(default=None, metadata={"help": "Stochastic depth; default: the model's."})
+    layer_decay: float | None = field(
+        default=None,
+        metadata={"help": "Layer-wise learning rate decay, such as 0.75: factor per stage, from the heads downwards."},
+    )
 
     def __post_init__(self):
         if (self.model is None) == (self.config is None):
@@ -128,7 +132,9 @@ def main() -> None:
 
     images = prepare_images(data, args, guidance.mask_column)
     model = make_model(model_args, images, pretrained, config, processor)
-    trainer = make_trainer(model, processor, images, data, augmentation, args, guidance.mask_weight)
+    trainer = make_trainer(
+        model, processor, images, data, augmentation, args, guidance.mask_weight, layer_decay=model_args.layer_decay
+    )
     if model_args.lora_rank and trainer.is_fsdp_enabled:
         raise CommandError("--lora_rank: adapters are too small for FSDP; use one of them")
     train(trainer, images)

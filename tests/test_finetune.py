@@ -170,6 +170,14 @@ def test_options_learn(finetune, options):
     assert results(finetune(*options))["eval_accuracy"] >= 0.75
 
 
+def test_layer_decay_lowers_the_learning_rates_of_early_layers(finetune, checkpoint):
+    folder = finetune("--layer_decay", "0.5", "--num_train_epochs", "1", model=checkpoint)
+    (file,) = folder.glob("checkpoint-*/optimizer.pt")
+    rates = {group["initial_lr"] for group in torch.load(file)["param_groups"]}
+    # Heads, second stage, first stage, embeddings
+    assert rates == {2e-3, 1e-3, 5e-4, 2.5e-4}
+
+
 def test_a_compiled_model_is_saved_under_its_own_names(finetune):
     folder = finetune("--torch_compile", "--torch_compile_backend", "eager", "--num_train_epochs", "1")
     model = CrossViTForImageClassification.from_pretrained(folder)
@@ -210,6 +218,7 @@ def test_push_to_the_hub(hub, finetune_options, tmp_path):
         (["--image_size", "12 x 12"], "--image_size 12 x 12: give pixels as 224 or"),
         (["--drop_path_rate", "2"], "`drop_path_rate` must be at least 0 and below 1, got 2.0"),
         (["--lora_rank", "-1"], "--lora_rank -1: must be 0 or more"),
+        (["--layer_decay", "2"], "`layer_decay` must be above 0 and at most 1, such as 0.75, got 2.0"),
         (["--confg", "x"], "unrecognized arguments: --confg"),
         (["--streaming"], "--streaming: a stream has no known end"),
         (["--image_columns", "image", "image", "image"], "--image_columns image image image: the model takes one"),

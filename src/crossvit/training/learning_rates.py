@@ -11,9 +11,14 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Learning rates of the paper's recipe: the schedule of the authors' script."""
+"""Learning rates: the schedule of the authors' script, and lower rates for the layers that are far from the heads."""
 
 import math
+from typing import Any
+
+from torch import nn
+
+from ..modeling_crossvit import CrossViTModel
 
 
 def cosine_by_epoch(
@@ -47,4 +52,41 @@ def cosine_by_epoch(
     return min_lr_rate + (1 - min_lr_rate) * (1 + math.cos(math.pi * epoch / num_epochs)) / 2
 
 
-__all__ = ["cosine_by_epoch"]
+def layer_decay_groups(
+    model: nn.Module, layer_decay: float, learning_rate: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """
+    Parameter groups of an optimizer for layer-wise learning rate decay: those of timm's `param_groups_layer_decay`.
+
+    The learning rate of the heads is multiplied by `layer_decay` for the last stage and the final norms, once more for
+    each earlier stage, and once more for the embeddings. Class tokens, position embeddings and parameters of one
+    dimension have no weight decay.
+
+    Args:
+        model (`nn.Module`): a CrossViT of any kind, also with adapters. Frozen parameters are in no group.
+        layer_decay (`float`): between 0 and 1.
+        learning_rate (`float`): of the heads.
+        weight_decay (`float`): of the other parameters.
+
+    Returns:
+        `list[dict[str, Any]]`: groups with "params", "lr" and "weight_decay", those of the heads first, as the Trainer
+        logs the learning rate of the first group.
+    """
+    encoder: Any = next(module for module in model.modules() if isinstance(module, CrossViTModel))
+    layers = [encoder.layernorms, *reversed(encoder.stages), encoder.embeddings]
+    distances = {
+        parameter: max(distance, 1)  # the norms belong to the last stage
+        for distance, layer in enumerate(layers)
+        for parameter in layer.parameters()
+    }
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            distance = distances.get(parameter, 0)
+            decayed = parameter.ndim > 1 and not name.endswith(("cls_token", "position_embeddings"))
+            options = {"lr": learning_rate * layer_decay**distance, "weight_decay": weight_decay if decayed else 0.0}
+            groups.setdefault((distance, decayed), {"params": [], **options})["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+__all__ = ["cosine_by_epoch", "layer_decay_groups"]

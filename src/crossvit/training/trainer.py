@@ -31,6 +31,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..configuration_crossvit import CrossViTConfig
 from ..modeling_crossvit import CrossViTForImageClassification
 from .augmentation import RepeatedAugmentationSampler
+from .learning_rates import layer_decay_groups
 
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,8 @@ class CrossViTTrainer(Trainer):
 
     - labels may be probabilities, as mixup and cutmix make them, with label smoothing or without. The loss of any kind
       of labels is a mean over all images of a step, however they are spread over processes and accumulated;
-    - on request, images are repeated, incomplete steps are dropped, and the learning rate follows any function;
+    - on request, images are repeated, incomplete steps are dropped, the learning rate follows any function, and layers
+      far from the heads have a lower one;
     - a model sharded by FSDP is saved whole;
     - the model card names the origin of weights from a folder.
 
@@ -57,6 +59,9 @@ class CrossViTTrainer(Trainer):
         learning_rate_schedule (`Callable[..., float]`, *optional*):
             Replaces that of `args.lr_scheduler_type`: the multiple of `args.learning_rate` at a step, such as
             [`cosine_by_epoch`]. It is called with `step`, `num_warmup_steps` and `num_training_steps`.
+        layer_decay (`float`, *optional*):
+            Layer-wise learning rate decay, above 0 and at most 1: the optimizer has the groups of
+            [`layer_decay_groups`].
         args, kwargs:
             As in [`~transformers.Trainer`].
     """
@@ -68,8 +73,12 @@ class CrossViTTrainer(Trainer):
         augmentation_repeats: int = 1,
         drop_incomplete_step: bool = False,
         learning_rate_schedule: Callable[..., float] | None = None,
+        layer_decay: float | None = None,
         **kwargs,
     ):
+        if layer_decay is not None and not 0 < layer_decay <= 1:
+            raise ValueError(f"`layer_decay` must be above 0 and at most 1, such as 0.75, got {layer_decay}.")
+        self.layer_decay = layer_decay
         self.train_data_collator = train_data_collator
         self.augmentation_repeats = augmentation_repeats
         self.drop_incomplete_step = drop_incomplete_step
@@ -127,6 +136,16 @@ class CrossViTTrainer(Trainer):
         if self.args.n_gpu > 1:  # the Trainer multiplies by it, for losses that each replica takes the mean of
             num_items_in_batch = torch.as_tensor(num_items_in_batch).flatten()[0] * self.args.n_gpu
         return total / num_items_in_batch
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None and self.layer_decay is not None:
+            model = self.model if model is None else model
+            optimizer_class, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+                self.args, model
+            )
+            groups = layer_decay_groups(model, self.layer_decay, self.args.learning_rate, self.args.weight_decay)
+            self.optimizer = optimizer_class(groups, **options)
+        return super().create_optimizer(model)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
