@@ -78,8 +78,9 @@ class ModelArguments:
         default=0, metadata={"help": "Train only adapters of this rank (LoRA) and the heads; 0: all weights."}
     )
     drop_path_rate: float | None = field(default=None, metadata={"help": "Stochastic depth; default: the model's."})
-    average_decay: float | None = field(
-        default=None, metadata={"help": "Decay of a moving average of the weights, which is evaluated and saved."}
+    layer_decay: float | None = field(
+        default=None,
+        metadata={"help": "Layer-wise learning rate decay, such as 0.75: factor per stage, from the heads downwards."},
     )
 
     def __post_init__(self):
@@ -132,7 +133,7 @@ def main() -> None:
     images = prepare_images(data, args, guidance.mask_column)
     model = make_model(model_args, images, pretrained, config, processor)
     trainer = make_trainer(
-        model, processor, images, data, augmentation, args, model_args.average_decay, guidance.mask_weight
+        model, processor, images, data, augmentation, args, guidance.mask_weight, layer_decay=model_args.layer_decay
     )
     if model_args.lora_rank and trainer.is_fsdp_enabled:
         raise CommandError("--lora_rank: adapters are too small for FSDP; use one of them")

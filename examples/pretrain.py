@@ -21,10 +21,11 @@ option of the command, as are those of Transformers' TrainingArguments. The same
 """
 
 import json
-import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTIma
 from crossvit.training.augmentation import AugmentationArguments
 from crossvit.training.data import DataArguments
 from crossvit.training.errors import CommandError
+from crossvit.training.learning_rates import cosine_by_epoch
 from crossvit.training.run import TRAINING_DEFAULTS, finish, make_trainer, prepare_images, train
 
 
@@ -47,8 +49,8 @@ PLAN_BATCH_ON_CPU = 8  # as fast per image as more at once
 DEFAULTS = {
     "output_dir": "outputs/pretrain",
     "per_device_eval_batch_size": 128,
-    "lr_scheduler_type": "cosine_warmup_with_min_lr",
-    "load_best_model_at_end": False,  # as in the paper, the last weights count
+    "lr_scheduler_type": "cosine",
+    "load_best_model_at_end": False,  # the best checkpoint is kept beside the last weights, as by the authors' script
 }
 
 
@@ -57,24 +59,25 @@ class PretrainArguments:
     """Which model to train by which recipe."""
 
     variant: str | None = field(default=None, metadata={"help": "One of the published models, such as crossvit_15."})
-    config: str | None = field(default=None, metadata={"help": "Instead: folder, file or Hub id of one."})
+    config: str | None = field(
+        default=None, metadata={"help": "Config to train, instead of --variant (folder, file or Hub ID)."}
+    )
     recipe: str = field(
         default=str(Path(__file__).parent / "paper_recipe.json"),
         metadata={"help": "JSON file with values of these options."},
     )
     plan: bool = field(
-        default=False, metadata={"help": "Measure this machine, print what 1, 8 and 32 of it would need, and end."}
+        default=False,
+        metadata={"help": "Benchmark this device, estimate the training time on 1, 8 and 32 of them, and exit."},
     )
-    total_batch_size: int = field(default=4096, metadata={"help": "Images of a step, of all devices together."})
+    total_batch_size: int = field(default=4096, metadata={"help": "Global batch size."})
     learning_rate_batch_size: int = field(
-        default=4096, metadata={"help": "Images of a step for which --learning_rate is; it grows in proportion."}
+        default=4096,
+        metadata={"help": "Reference batch size of --learning_rate, which scales linearly with --total_batch_size."},
     )
-    warmup_learning_rate: float = field(default=0.0, metadata={"help": "Learning rate at the beginning."})
-    min_learning_rate: float = field(default=0.0, metadata={"help": "Learning rate at the end."})
+    warmup_learning_rate: float = field(default=0.0, metadata={"help": "Learning rate at the start of the warmup."})
+    min_learning_rate: float = field(default=0.0, metadata={"help": "Learning rate at the end of the cosine."})
     drop_path_rate: float = field(default=0.0, metadata={"help": "Stochastic depth."})
-    average_decay: float = field(
-        default=0.0, metadata={"help": "Decay of the moving average of the weights; 0 for none."}
-    )
 
 
 def read_recipe(path: str, known: set[str]) -> dict[str, Any]:
@@ -115,10 +118,18 @@ def set_batch_and_learning_rate(recipe: PretrainArguments, args: TrainingArgumen
         )
     args.gradient_accumulation_steps = recipe.total_batch_size // at_once
     args.learning_rate *= recipe.total_batch_size / recipe.learning_rate_batch_size
-    args.lr_scheduler_kwargs = {
-        "min_lr": recipe.min_learning_rate,
-        "warmup_lr_rate": recipe.warmup_learning_rate / args.learning_rate,
-    }
+
+
+def learning_rate_schedule(recipe: PretrainArguments, args: TrainingArguments) -> Callable[..., float] | None:
+    """The cosine of the authors' script; `None` for the other schedules of Transformers."""
+    if args.lr_scheduler_type != "cosine":
+        return None
+    return partial(
+        cosine_by_epoch,
+        num_epochs=args.num_train_epochs,
+        warmup_lr_rate=recipe.warmup_learning_rate / args.learning_rate,
+        min_lr_rate=recipe.min_learning_rate / args.learning_rate,
+    )
 
 
 def print_plan(config: CrossViTConfig, recipe: PretrainArguments, args: TrainingArguments) -> None:
@@ -149,7 +160,7 @@ def print_plan(config: CrossViTConfig, recipe: PretrainArguments, args: Training
         accumulated = max(recipe.total_batch_size // (batch * devices), 1)
         total = batch * devices * accumulated
         learning_rate = args.learning_rate * total / recipe.learning_rate_batch_size
-        steps = args.num_train_epochs * math.ceil(IMAGENET_IMAGES / total)
+        steps = args.num_train_epochs * (IMAGENET_IMAGES // total)
         days = args.num_train_epochs * IMAGENET_IMAGES / (rate * devices) / 86_400
         print(f"{devices:8} {batch:11} {accumulated:12} {learning_rate:14.2g} {steps:8,.0f} {days:8,.1f}")
     print("Days if the devices do not wait for each other or for images.")
@@ -169,11 +180,19 @@ def main() -> None:
     images = prepare_images(data, args)
     if images.multi_label:
         raise CommandError(f"{data.data}: the recipe mixes images with one label each, these have several")
+    if not data.streaming and len(images.splits["train"]) < recipe.total_batch_size:
+        raise CommandError(
+            f"--total_batch_size {recipe.total_batch_size}: there are only {len(images.splits['train'])} images to"
+            " train with; choose a smaller one, and --per_device_train_batch_size if necessary"
+        )
     config.id2label = dict(enumerate(images.class_names))
     config.label2id = {name: index for index, name in config.id2label.items()}
     config.problem_type = "single_label_classification"  # even where the labels are probabilities
     model = CrossViTForImageClassification(config)
-    trainer = make_trainer(model, processor, images, data, augmentation, args, recipe.average_decay or None)
+    schedule = learning_rate_schedule(recipe, args)
+    trainer = make_trainer(
+        model, processor, images, data, augmentation, args, drop_incomplete_step=True, learning_rate_schedule=schedule
+    )
     train(trainer, images)
     finish(trainer, images, data)
 

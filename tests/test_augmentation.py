@@ -1,7 +1,7 @@
 """Batches are what the recipe says, in the size of the model, and evaluation images are the processor's."""
 
+import itertools
 import pickle
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ import PIL.Image
 import pytest
 import timm.data
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from image_folders import undecoded
 from torchvision.transforms import v2
 
@@ -221,18 +222,39 @@ def test_images_are_not_mixed_by_default():
     assert AugmentationArguments().mixup(4) is None
 
 
-@pytest.mark.parametrize("length, repeats, batch_size", [(24, 3, 4), (25, 3, 4), (10, 2, 16)])
-def test_repeated_images_are_in_different_batches(length, repeats, batch_size):
-    sampler = RepeatedAugmentationSampler(length, repeats, batch_size, seed=0)
+def ra_sampler(num_images: int, repeats: int, num_replicas: int, rank: int, seed: int) -> list[int]:
+    """What the `RASampler` of the authors' script draws, but for their multiple of 256 and the fixed 3 repeats."""
+    order = torch.randperm(num_images, generator=torch.Generator().manual_seed(seed)).tolist()
+    repeated = [image for image in order for _ in range(repeats)]
+    return repeated[rank::num_replicas][: num_images // num_replicas]
+
+
+@pytest.mark.parametrize(
+    "num_images, repeats, batch_size, processes, accumulated",
+    [(24, 3, 4, 2, 1), (25, 3, 4, 1, 3), (100, 3, 2, 4, 3), (50, 2, 8, 1, 1), (50, 1, 3, 2, 2), (70, 3, 1, 5, 2)],
+)
+def test_processes_draw_what_as_many_processes_as_batches_draw(
+    num_images, repeats, batch_size, processes, accumulated
+):
+    replicas = processes * accumulated
+    sampler = RepeatedAugmentationSampler(num_images, repeats, batch_size, replicas, seed=5)
+    batches = torch.utils.data.BatchSampler(sampler, batch_size, drop_last=False)
     epochs = []
     for epoch in range(3):
         sampler.set_epoch(epoch)
+        drawn = [list(BatchSamplerShard(batches, processes, process)) for process in range(processes)]
+        for process, batch in itertools.product(range(processes), range(accumulated)):
+            expected = ra_sampler(num_images, repeats, replicas, process + batch * processes, seed=5 + epoch)
+            steps = len(expected) // batch_size  # as `drop_last` of their data loader
+            found = list(itertools.chain(*drawn[process][batch::accumulated]))
+            assert found == expected[: steps * batch_size]
+            assert len(drawn[process]) == steps * accumulated and steps == num_images // (batch_size * replicas)
+        assert len(sampler) == len(list(sampler)) == steps * batch_size * replicas
         epochs.append(list(sampler))
-        assert len(epochs[-1]) == len(sampler) == length and list(sampler) == epochs[-1]
-        if length > batch_size:
-            batches = [epochs[-1][start : start + batch_size] for start in range(0, length, batch_size)]
-            assert all(len(set(batch)) == len(batch) for batch in batches)
-            counts = Counter(epochs[-1])
-            assert sum(count == repeats for count in counts.values()) >= length // (repeats * batch_size) * batch_size
     assert epochs[0] != epochs[1] != epochs[2]
-    assert list(RepeatedAugmentationSampler(length, repeats, batch_size, seed=1)) != epochs[0]
+
+
+def test_fewer_images_than_a_step_are_refused():
+    with pytest.raises(ValueError, match=r"A step takes 24 images \(3 batches of 8\), and there are only 23"):
+        RepeatedAugmentationSampler(23, 1, 8, 3, seed=0)
+    assert len(RepeatedAugmentationSampler(24, 1, 8, 3, seed=0)) == 24

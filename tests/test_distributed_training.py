@@ -207,6 +207,21 @@ def test_two_processes_train_as_one_does(finetune, finetune_options, tmp_path, k
     assert_same_weights(two, tmp_path, atol=0)
 
 
+def test_two_processes_repeat_the_images_that_one_process_repeats(example, zoo, small_config, tmp_path):
+    """In steps of four batches: each process accumulates two of them, or the only one all four."""
+    small_config.save_pretrained(tmp_path / "config")
+    options = ["--config", tmp_path / "config", "--data", zoo, *OPTIONS, *"--auto_augment= --random_erasing 0".split()]
+    options += "--mixup_alpha 0 --cutmix_alpha 0 --drop_path_rate 0 --warmup_steps 0 --use_cpu".split()
+    options += "--total_batch_size 16 --per_device_train_batch_size 4 --learning_rate_batch_size 16".split()
+    example("pretrain", *options, "--output_dir", tmp_path / "one")
+    torchrun(EXAMPLES / "pretrain.py", *options, "--output_dir", tmp_path / "two")
+    losses = history(tmp_path / "one", "loss")
+    # 8 of the 24 draws of an epoch are left over. Losses were equal, weights differed by 2.6e-8 when this was written
+    assert len(losses) == 3
+    np.testing.assert_allclose(history(tmp_path / "two", "loss"), losses, atol=2e-6, rtol=0)
+    assert_same_weights(tmp_path / "two", tmp_path / "one", atol=2e-7)
+
+
 def test_two_processes_measure_as_one_does(finetune, example, zoo, tmp_path):
     model = finetune("--num_train_epochs", "2")
     results = []

@@ -160,7 +160,6 @@ def test_lora_trains_adapters_and_heads_and_leaves_one_model(finetune, checkpoin
         ["--bf16"],
         [f"--{CHECKPOINTING}"],
         ["--gradient_accumulation_steps", "3", "--per_device_train_batch_size", "4"],
-        ["--average_decay", "0.5"],
         "--mixup_alpha 0.2 --cutmix_alpha 0.2 --label_smoothing_factor 0.1 --num_train_epochs 10".split(),
         ["--dataloader_num_workers", "1"],
         ["--streaming", "--max_steps", "18"],
@@ -169,6 +168,14 @@ def test_lora_trains_adapters_and_heads_and_leaves_one_model(finetune, checkpoin
 )
 def test_options_learn(finetune, options):
     assert results(finetune(*options))["eval_accuracy"] >= 0.75
+
+
+def test_layer_decay_lowers_the_learning_rates_of_early_layers(finetune, checkpoint):
+    folder = finetune("--layer_decay", "0.5", "--num_train_epochs", "1", model=checkpoint)
+    (file,) = folder.glob("checkpoint-*/optimizer.pt")
+    rates = {group["initial_lr"] for group in torch.load(file)["param_groups"]}
+    # Heads, second stage, first stage, embeddings
+    assert rates == {2e-3, 1e-3, 5e-4, 2.5e-4}
 
 
 def test_a_compiled_model_is_saved_under_its_own_names(finetune):
@@ -211,7 +218,7 @@ def test_push_to_the_hub(hub, finetune_options, tmp_path):
         (["--image_size", "12 x 12"], "--image_size 12 x 12: give pixels as 224 or"),
         (["--drop_path_rate", "2"], "`drop_path_rate` must be at least 0 and below 1, got 2.0"),
         (["--lora_rank", "-1"], "--lora_rank -1: must be 0 or more"),
-        (["--average_decay", "2"], "between 0 and 1, got 2.0"),
+        (["--layer_decay", "2"], "`layer_decay` must be above 0 and at most 1, such as 0.75, got 2.0"),
         (["--confg", "x"], "unrecognized arguments: --confg"),
         (["--streaming"], "--streaming: a stream has no known end"),
         (["--image_columns", "image", "image", "image"], "--image_columns image image image: the model takes one"),

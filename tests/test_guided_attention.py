@@ -155,7 +155,7 @@ def test_guidance_needs_the_gradient_of_the_attention(small_config, tmp_path):
     [
         ["--image_columns", "photo", "mask"],  # a mask may also be an image
         ["--mask_weight", "0"],
-        ["--lora_rank", "2", "--average_decay", "0.9"],
+        ["--lora_rank", "2"],
         ["--bf16", f"--{CHECKPOINTING}"],
     ],
     ids=lambda options: " ".join(options),

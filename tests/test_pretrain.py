@@ -1,7 +1,6 @@
 """The paper's recipe: its numbers, how they scale, and that it learns."""
 
 import json
-import math
 
 import numpy as np
 import PIL.Image
@@ -10,12 +9,15 @@ import torch
 from examples_in_process import EXAMPLES, history, results
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from test_finetune import same_weights
+from timm_reference import authors_learning_rates
 
 from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
+from crossvit.training.metrics import SingleLabelMetric
 
 
 TINY = ["--use_cpu", "--disable_tqdm", "true", "--report_to", "none", "--logging_steps", "1"]
-TINY += ["--total_batch_size", "16", "--per_device_train_batch_size", "4", "--learning_rate_batch_size", "8"]
+TINY += ["--total_batch_size", "8", "--per_device_train_batch_size", "4", "--learning_rate_batch_size", "4"]
 
 
 @pytest.fixture
@@ -36,21 +38,46 @@ def test_the_recipe_is_that_of_the_paper():
 
 
 def test_steps_and_learning_rates(example, options, tmp_path):
-    example("pretrain", *options, "--num_train_epochs", "10", "--learning_rate", "1e-3")
-    # 24 images in accumulated batches of 4 times 4: two steps per epoch
-    rates = history(tmp_path / "out", "learning_rate")
-    assert len(rates) == 20
-    peak = 1e-3 * 16 / 8
-    # Linear warm-up in the first tenth, then a cosine to the floor
-    assert rates[0] == pytest.approx(1e-6) and max(rates) == pytest.approx(peak)
-    expected = [1e-5 + (peak - 1e-5) * (1 + math.cos(math.pi * step / 18)) / 2 for step in range(1, 19)]
-    np.testing.assert_allclose(rates[2:], expected, rtol=1e-6)
+    example("pretrain", *options, "--num_train_epochs", "10", "--learning_rate", "1e-3", "--warmup_steps", "0.2")
+    # 24 images, two batches of 4 accumulated: three steps per epoch
+    expected = authors_learning_rates(10, 2, peak=1e-3 * 8 / 4)
+    np.testing.assert_allclose(history(tmp_path / "out", "learning_rate"), np.repeat(expected, 3), rtol=1e-13)
+
+
+def test_an_incomplete_step_is_dropped(example, options, tmp_path):
+    """Two accumulated batches of 5 are a step: 4 of the 24 images are left over in each epoch."""
+    sizes = ["--total_batch_size", "10", "--per_device_train_batch_size", "5"]
+    example("pretrain", *options, *sizes, "--num_train_epochs", "2", "--augmentation_repeats", "1")
+    assert len(history(tmp_path / "out", "loss")) == 2 * 2
+
+
+@pytest.mark.parametrize("load_best", [False, True])
+def test_the_last_weights_are_saved_and_the_best_checkpoint_is_kept(
+    example, options, tmp_path, monkeypatch, load_best
+):
+    accuracies = iter([0.2, 0.9, 0.4, 0.5, 0.0])  # of the four epochs and the end
+    monkeypatch.setattr(SingleLabelMetric, "of_prediction", lambda *args: {"accuracy": next(accuracies)})
+    best = ["--load_best_model_at_end", "true"] if load_best else []
+    example("pretrain", *options, "--num_train_epochs", "4", "--warmup_steps", "0", *best)
+    out = tmp_path / "out"
+    # Three steps per epoch
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-12"}
+    state = json.loads((out / "checkpoint-12" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(out / "checkpoint-6")
+    assert same_weights(out, out / "checkpoint-6") == load_best
+    assert same_weights(out, out / "checkpoint-12") != load_best
+
+
+def test_other_schedules(example, options, tmp_path):
+    example("pretrain", *options, "--max_steps", "4", "--lr_scheduler_type", "linear", "--warmup_steps", "0")
+    np.testing.assert_allclose(history(tmp_path / "out", "learning_rate"), [0.008, 0.006, 0.004, 0.002], rtol=1e-13)
 
 
 @pytest.mark.parametrize(
     "wrong, message",
     [
         (["--total_batch_size", "18"], "--total_batch_size 18: not a multiple of the 4 images"),
+        (["--total_batch_size", "28"], "--total_batch_size 28: there are only 24 images to train with"),
         (["--recipe", "missing.json"], "--recipe missing.json: not a JSON file"),
         (["--variant", "crossvit_15"], "give --variant, one of the published models, or --config"),
         (["--drop_path_rate", "2"], "`drop_path_rate` must be at least 0 and below 1, got 2.0"),
@@ -90,7 +117,7 @@ def test_the_plan_is_worked_out_from_what_was_measured(example, monkeypatch):
     assert [row[:3] for row in rows] == [["1", "128", "32"], ["8", "128", "4"], ["32", "128", "1"]]
     for devices, batch, accumulated, learning_rate, steps, days in rows:
         assert int(devices) * int(batch) * int(accumulated) == 4096 and float(learning_rate) == 0.004
-        assert int(steps) == 300 * 313
+        assert int(steps) == 300 * 312
         # Days and rates are printed with one decimal
         assert float(days) == pytest.approx(300 * 1_281_167 / (rate * int(devices)) / 86_400, rel=0.02, abs=0.06)
 
@@ -116,7 +143,7 @@ def test_the_recipe_learns_digits_from_scratch(example, tmp_path):
         "pretrain", "--config", tmp_path / "config", "--data", tmp_path / "digits", "--output_dir", tmp_path / "out",
         "--use_cpu", "--disable_tqdm", "true", "--report_to", "none", "--eval_strategy", "no", "--save_strategy", "no",
         "--num_train_epochs", "30", "--total_batch_size", "32", "--per_device_train_batch_size", "32",
-        "--learning_rate_batch_size", "32", "--learning_rate", "1e-3", "--average_decay", "0.99",
+        "--learning_rate_batch_size", "32", "--learning_rate", "1e-3",
         "--crop_scale", "0.8", "1.0", "--horizontal_flip", "0", "--mixup_alpha", "0.1", "--cutmix_alpha", "0.1",
         "--auto_augment", "rand-m2-n1-mstd0.5-inc1", "--random_erasing", "0.1",
         "--augmentation_repeats", "2", "--drop_path_rate", "0.05",

@@ -1,9 +1,10 @@
-"""The reference of the tests: timm's CrossViT, and the same weights under our names."""
+"""The reference of the tests: timm's CrossViT, the same weights under our names, and the authors' learning rates."""
 
 import timm
 import torch
 from reference import timm_arguments, to_transformers_name
 from timm.models.crossvit import CrossVit
+from timm.scheduler import CosineLRScheduler
 
 from crossvit import CrossViTConfig
 
@@ -46,3 +47,18 @@ def timm_of_config(config: CrossViTConfig, **kwargs) -> torch.nn.Module:
     """timm's model of a configuration of two branches."""
     options = {**timm_arguments(config), "num_classes": config.num_labels, "drop_path_rate": config.drop_path_rate}
     return perturb(TimmCrossViT(**options, **kwargs)).eval()
+
+
+def authors_learning_rates(
+    epochs: int, warmup_epochs: int, peak: float, warmup: float = 1e-6, end: float = 1e-5
+) -> list[float]:
+    """Of each epoch: timm's scheduler, which the script steps after each epoch with the number of that epoch."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], peak)
+    scheduler = CosineLRScheduler(
+        optimizer, t_initial=epochs, lr_min=end, warmup_t=warmup_epochs, warmup_lr_init=warmup, cycle_limit=1
+    )
+    rates = []
+    for epoch in range(epochs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        scheduler.step(epoch)
+    return rates

@@ -257,31 +257,50 @@ class RepeatedAugmentationSampler(torch.utils.data.Sampler):
     """
     Draws each image several times, to be augmented in different ways (Hoffer et al. 2020, as in DeiT, section 6).
 
-    An epoch has as many draws as there are images, so it shows only some of them. As in DeiT, no batch has an image
-    twice: it is repeated in consecutive batches, on different devices or accumulated.
+    The draws are those of the `RASampler` in DeiT's and the authors' scripts: the images are put in random order, each
+    is repeated in a row, and the replicas take turns to draw one. An epoch has as many draws as there are images, so
+    it shows only some of them, and an incomplete last step is dropped.
+
+    A replica is a process or, with gradient accumulation, one of the batches that a process accumulates. The batches
+    are therefore the same on any number of devices. A single replica draws all copies of an image.
+
+    The scripts also round the number of images down to a multiple of 256. This matters only if the images of a step
+    are not a multiple of 256: they may then drop one more step.
 
     Args:
-        length (`int`): number of images.
+        num_images (`int`): number of images.
         repeats (`int`): how often an image is drawn.
-        batch_size (`int`): images per device and step.
-        seed (`int`): of the order.
+        batch_size (`int`): images per replica and step.
+        num_replicas (`int`): processes times accumulated batches.
+        seed (`int`): the order in epoch `e` is that of the seed `seed + e`.
+
+    Raises:
+        `ValueError`: if there are fewer images than in a step.
     """
 
-    def __init__(self, length: int, repeats: int, batch_size: int, seed: int):
-        self.length, self.repeats, self.batch_size, self.seed = length, repeats, batch_size, seed
+    def __init__(self, num_images: int, repeats: int, batch_size: int, num_replicas: int, seed: int):
+        if num_images < batch_size * num_replicas:
+            raise ValueError(
+                f"A step takes {batch_size * num_replicas} images ({num_replicas} batches of {batch_size}), and there"
+                f" are only {num_images}: reduce the batch size or the gradient accumulation."
+            )
+        self.num_images, self.repeats, self.seed = num_images, repeats, seed
+        self.batch_size, self.num_replicas = batch_size, num_replicas
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.length
+        images_per_step = self.batch_size * self.num_replicas
+        return self.num_images // images_per_step * images_per_step
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        batches = torch.randperm(self.length, generator=generator).split(self.batch_size)
-        repeated = torch.cat([batch for batch in batches for _ in range(self.repeats)])
-        return iter(repeated[: self.length].tolist())
+        draws = torch.randperm(self.num_images, generator=generator).repeat_interleave(self.repeats)[: len(self)]
+        # (steps, images, replicas) -> (steps, replicas, images): processes take batches in turns
+        batches = draws.view(-1, self.batch_size, self.num_replicas).transpose(1, 2)
+        return iter(batches.flatten().tolist())
 
 
 def output_size(processor: Any) -> tuple[int, int]:

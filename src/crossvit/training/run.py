@@ -91,12 +91,12 @@ def make_trainer(
     data: DataArguments,
     augmentation: AugmentationArguments,
     args: TrainingArguments,
-    average_decay: float | None = None,
     mask_weight: float = 0.0,
+    **options,
 ) -> CrossViTTrainer:
     """
-    Creates the Trainer, a [`GuidedAttentionTrainer`] if the images have masks. The best checkpoint has the best
-    accuracy, or the best F1 if images have several labels.
+    Creates the Trainer, a [`GuidedAttentionTrainer`] if the images have masks, with further `options` of
+    [`CrossViTTrainer`]. The best checkpoint has the best accuracy, or the best F1 if images have several labels.
 
     Raises:
         `CommandError`: if the images do not suit the model or the augmentation.
@@ -131,8 +131,8 @@ def make_trainer(
         processing_class=processor,
         compute_metrics=metric.of_prediction,
         preprocess_logits_for_metrics=metric.reduce_logits,
-        average_decay=average_decay,
         augmentation_repeats=augmentation.augmentation_repeats,
+        **options,
     )
 
 

@@ -11,18 +11,18 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The Trainer for CrossViT: the recipe's loss, weight decay, sampling and moving average, and its model card."""
+"""The Trainer for CrossViT: the recipe's loss, learning rates and sampling, and its model card."""
 
-import contextlib
 import json
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
@@ -31,34 +31,38 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..configuration_crossvit import CrossViTConfig
 from ..modeling_crossvit import CrossViTForImageClassification
 from .augmentation import RepeatedAugmentationSampler
-from .ema import ExponentialMovingAverage
+from .learning_rates import layer_decay_groups
 from .streams import StreamTrainer
 
 
 logger = logging.getLogger(__name__)
-
-# Beside model.safetensors, which then holds the average, in a checkpoint of a training that goes on
-TRAINING_WEIGHTS_NAME = "training_weights.safetensors"
 
 
 class CrossViTTrainer(StreamTrainer):
     """
     Transformers' [`~transformers.Trainer`], which differs where a CrossViT or its recipe asks for it:
 
-    - class tokens and position embeddings are not decayed, as in the reference;
     - labels may be probabilities, as mixup and cutmix make them, with label smoothing or without. The loss of any kind
       of labels is a mean over all images of a step, however they are spread over processes and accumulated;
-    - images are repeated, and a moving average of the weights is evaluated and saved, on request;
+    - on request, images are repeated, incomplete steps are dropped, the learning rate follows any function, and layers
+      far from the heads have a lower one;
     - a model sharded by FSDP is saved whole;
     - the model card names the origin of weights from a folder.
 
     Args:
-        average_decay (`float`, *optional*):
-            Decay of the [`ExponentialMovingAverage`], between 0 and 1; none by default.
         train_data_collator (`Callable`, *optional*):
             Makes the batches of the training; `data_collator` makes those of evaluations, and by default both.
         augmentation_repeats (`int`, *optional*, defaults to 1):
             How often an image is drawn, by a [`RepeatedAugmentationSampler`] if more than once.
+        drop_incomplete_step (`bool`, *optional*, defaults to `False`):
+            Whether to drop the last images of an epoch that do not fill a step, which is a batch of each process times
+            the accumulated batches. Repeated images always do. Does not apply to streams.
+        learning_rate_schedule (`Callable[..., float]`, *optional*):
+            Replaces that of `args.lr_scheduler_type`: the multiple of `args.learning_rate` at a step, such as
+            [`cosine_by_epoch`]. It is called with `step`, `num_warmup_steps` and `num_training_steps`.
+        layer_decay (`float`, *optional*):
+            Layer-wise learning rate decay, above 0 and at most 1: the optimizer has the groups of
+            [`layer_decay_groups`].
         args, kwargs:
             As in [`~transformers.Trainer`].
     """
@@ -66,21 +70,22 @@ class CrossViTTrainer(StreamTrainer):
     def __init__(
         self,
         *args,
-        average_decay: float | None = None,
         train_data_collator: Any = None,
         augmentation_repeats: int = 1,
+        drop_incomplete_step: bool = False,
+        learning_rate_schedule: Callable[..., float] | None = None,
+        layer_decay: float | None = None,
         **kwargs,
     ):
-        if average_decay is not None and not 0 < average_decay < 1:
-            raise ValueError(f"`average_decay` must be between 0 and 1, got {average_decay}.")
-        self.average_decay = average_decay
+        if layer_decay is not None and not 0 < layer_decay <= 1:
+            raise ValueError(f"`layer_decay` must be above 0 and at most 1, such as 0.75, got {layer_decay}.")
+        self.layer_decay = layer_decay
         self.train_data_collator = train_data_collator
         self.augmentation_repeats = augmentation_repeats
-        self.average: ExponentialMovingAverage | None = None
+        self.drop_incomplete_step = drop_incomplete_step
+        self.learning_rate_schedule = learning_rate_schedule
         self.repeating_sampler: RepeatedAugmentationSampler | None = None
         super().__init__(*args, **kwargs)
-        if average_decay is not None and (self.is_fsdp_enabled or self.model_init is not None):
-            raise ValueError("`average_decay` needs a whole model: it works neither with FSDP nor with `model_init`.")
         if self.compute_loss_func is None and isinstance(base_model(self.model), CrossViTForImageClassification):
             self.compute_loss_func = self.classification_loss
         self.add_callback(TrainingSteps(self))
@@ -138,9 +143,28 @@ class CrossViTTrainer(StreamTrainer):
             num_items_in_batch = torch.as_tensor(num_items_in_batch).flatten()[0] * self.args.n_gpu
         return total / num_items_in_batch
 
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        names = super().get_decay_parameter_names(model)
-        return [name for name in names if not name.endswith(("cls_token", "position_embeddings"))]
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None and self.layer_decay is not None:
+            model = self.model if model is None else model
+            optimizer_class, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+                self.args, model
+            )
+            groups = layer_decay_groups(model, self.layer_decay, self.args.learning_rate, self.args.weight_decay)
+            self.optimizer = optimizer_class(groups, **options)
+        return super().create_optimizer(model)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        if self.lr_scheduler is None and self.learning_rate_schedule is not None:
+            schedule = partial(
+                self.learning_rate_schedule,
+                num_warmup_steps=self.args.get_warmup_steps(num_training_steps),
+                num_training_steps=num_training_steps,
+            )
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, schedule)
+            self._created_lr_scheduler = True  # another call of `train` makes its own
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         data_collator = self.data_collator
@@ -152,11 +176,14 @@ class CrossViTTrainer(StreamTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        if self.augmentation_repeats == 1:
+        if self.augmentation_repeats == 1 and not self.drop_incomplete_step:
             return super()._get_train_sampler(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.repeating_sampler = RepeatedAugmentationSampler(
-            len(dataset), self.augmentation_repeats, self._train_batch_size, seed
+            num_images=len(dataset),
+            repeats=self.augmentation_repeats,
+            batch_size=self._train_batch_size,
+            num_replicas=self.args.world_size * self.args.gradient_accumulation_steps,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
         )
         return self.repeating_sampler
 
@@ -187,27 +214,6 @@ class CrossViTTrainer(StreamTrainer):
             text = text.replace("is a fine-tuned version of [](https://huggingface.co/)", origin)
             card.write_text(text, encoding="utf-8")
 
-    def train(self, *args, **kwargs) -> Any:
-        """As [`~transformers.Trainer.train`]. The model has the average of its weights afterwards, if there is one."""
-        if self.average_decay is not None:
-            self.average = ExponentialMovingAverage(self.model, self.average_decay)
-        result = super().train(*args, **kwargs)
-        if self.average is not None:
-            self.average.apply()
-            self.average = None
-        return result
-
-    def averaged(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.average is None else self.average.applied()
-
-    def evaluation_loop(self, *args, **kwargs) -> Any:
-        with self.averaged():
-            return super().evaluation_loop(*args, **kwargs)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        with self.averaged():
-            super()._save(output_dir, state_dict)
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
         As [`~transformers.Trainer.save_model`], but a model sharded by FSDP is saved whole, for `from_pretrained`.
@@ -218,23 +224,6 @@ class CrossViTTrainer(StreamTrainer):
         if self.is_fsdp_enabled and not Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR):
             if "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type):
                 self._save(folder, state_dict=self.accelerator.get_state_dict(self.model))
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self.average = None  # the best checkpoint holds an average itself
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.average is not None and self.args.should_save:
-            weights = {name: weight.detach() for name, weight in self.model.named_parameters() if weight.requires_grad}
-            save_file(weights, Path(output_dir) / TRAINING_WEIGHTS_NAME)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.average is not None:
-            self.average = ExponentialMovingAverage(self.model, self.average_decay)
-            weights = load_file(Path(resume_from_checkpoint) / TRAINING_WEIGHTS_NAME)
-            self.model.load_state_dict(weights, strict=False)
 
 
 class TrainingSteps(TrainerCallback):
@@ -251,10 +240,6 @@ class TrainingSteps(TrainerCallback):
         # The data loaders of several processes do not set it when a run resumes within an epoch
         if self.trainer.repeating_sampler is not None:
             self.trainer.repeating_sampler.set_epoch(int(state.epoch or 0))
-
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs) -> None:
-        if self.trainer.average is not None:
-            self.trainer.average.update(state.global_step)
 
 
 def last_usable_checkpoint(output_dir: str | Path) -> str | None:
