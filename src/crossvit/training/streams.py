@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import recursively_apply
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, seed_worker
 
@@ -204,12 +204,12 @@ class StreamPosition(TrainerCallback, ExportableState):
         names = ("epoch", "step", "steps_per_epoch") if self.loader else ()
         return {"args": {}, "attributes": {name: getattr(self.loader, name) for name in names}}
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs) -> None:
         for name, value in state.stateful_callbacks[type(self).__name__]["attributes"].items():
             setattr(self.loader, name, value)
         self.loader.is_finished = state.global_step >= state.max_steps
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs) -> None:
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs) -> None:
         """The Trainer would take all steps for one epoch."""
         state.epoch = self.loader.epoch + self.loader.step / (self.loader.steps_per_epoch or float("inf"))
 
@@ -266,17 +266,19 @@ class StreamTrainer(Trainer):
             return super().get_test_dataloader(test_dataset)
         return self.get_eval_dataloader(test_dataset)
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args, num_items_in_batch: Any = None, **kwargs) -> Any:
-        # Evaluations average the means of the batches of all processes, which may differ in length
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        # Evaluations weight the mean of each batch by its length, which differs between processes
         num_items = num_items_in_batch if model.training else None
-        return super().compute_loss(model, inputs, *args, num_items_in_batch=num_items, **kwargs)
+        return super().compute_loss(model, inputs, return_outputs, num_items)
 
     def evaluation_loop(self, dataloader: Any, *args, **kwargs) -> EvalLoopOutput:
-        if not isinstance(dataloader, StreamLoader):
-            return super().evaluation_loop(dataloader, *args, **kwargs)
-        self.gather_function = dataloader.gather  # Transformers' own one from the next evaluation on
+        is_stream = isinstance(dataloader, StreamLoader)
+        if is_stream:
+            self.gather_function = dataloader.gather  # until the end of this evaluation
         output = super().evaluation_loop(dataloader, *args, **kwargs)
-        return output._replace(num_samples=len(output.label_ids))
+        return output._replace(num_samples=len(output.label_ids)) if is_stream else output
 
 
 __all__ = ["ImageStream", "StreamTrainer"]
