@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from .errors import CommandError
 from .images import decode_image
+from .photo_folder import PhotoFolder
 
 
 # The usual names of splits and of their folders, and the names used here
@@ -75,12 +75,6 @@ class DataArguments(ImageSource):
     check_images: bool = field(
         default=True, metadata={"help": "Decode each image before the training to find the damaged ones."}
     )
-
-
-class PhotoFolder(ImageFolder):
-    """A folder of images, which may be AVIF; `ImageFolder` leaves these out."""
-
-    EXTENSIONS = [*ImageFolder.EXTENSIONS, ".avif"]
 
 
 @dataclass
@@ -317,7 +311,7 @@ def split_folders(folder: Path) -> dict[str, Path]:
         splits = {}  # the classes of a data set, one of which is called "train"
     if not splits:
         return {"train": folder}
-    others += [name for name in ImageFolder.METADATA_FILENAMES if (folder / name).is_file()]
+    others += [name for name in PhotoFolder.METADATA_FILENAMES if (folder / name).is_file()]
     if others:
         raise CommandError(
             f"{folder}: beside the splits {some(splits)} there must be no other folders and no metadata, found"
