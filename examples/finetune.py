@@ -102,8 +102,8 @@ def make_model(args: ModelArguments, images: LabelledImages, pretrained: Any, co
         config = copy.deepcopy(config)
         config.id2label, config.label2id = names, {name: index for index, name in names.items()}
         model = CrossViTForImageClassification(config)
-        if pretrained is not None:
-            model.crossvit = pretrained.crossvit
+        if pretrained is not None:  # only its weights: its encoder would bring a second configuration
+            model.crossvit.load_state_dict(pretrained.crossvit.state_dict(), assign=True)
     model.config.problem_type = f"{'multi' if images.multi_label else 'single'}_label_classification"
     if args.image_size:
         sides = [int(side) for side in args.image_size.lower().split("x")]

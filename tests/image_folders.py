@@ -2,6 +2,7 @@
 
 import io
 import json
+import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,26 @@ def write_files(folder: Path, files: dict[str, bytes]) -> Path:
 def write_rows(folder: Path, files: dict[str, bytes], rows: list[dict[str, Any]]) -> Path:
     """Writes files, and the metadata that describe them; returns the folder."""
     return write_files(folder, {**files, "metadata.jsonl": "\n".join(map(json.dumps, rows)).encode()})
+
+
+def write_shard(path: Path, files: dict[str, bytes]) -> Path:
+    """Writes a WebDataset shard, a tar file; returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as shard:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            shard.addfile(info, io.BytesIO(content))
+    return path
+
+
+def samples(labels: Iterable[Any], suffix: str = "cls", first: int = 0) -> dict[str, bytes]:
+    """The files of a WebDataset shard: `000.png`, `000.cls`, and so on, every image in a different color."""
+    files = {}
+    for number, label in enumerate(labels, first):
+        files[f"{number:03}.png"] = image_bytes((0, 0, number))
+        files[f"{number:03}.{suffix}"] = str(label).encode()
+    return files
 
 
 def write_images(

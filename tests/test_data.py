@@ -208,14 +208,14 @@ def test_labels_without_names_become_classes(source, feature, values):
     images = load(source)
     assert images.class_names == list(map(str, values))
     assert images.splits["train"]["labels"][:] == LABELS and images.splits["validation"]["labels"][:] == [2, 1]
-    assert "those of a stream a ClassLabel column" in refused(source, streaming=True)
+    assert "give --class_names" in refused(source, streaming=True)
     # The number 1 is not the class of index 1
     save(
         source.with_name("other"),
         train=image_rows(values * 4, feature),
         test=image_rows([type(values[0])(1)], feature),
     )
-    assert "labels of 'test' that 'train' does not have: 1" in refused(source.with_name("other"))
+    assert "labels of 'test' that 'train' does not have: row 0: " in refused(source.with_name("other"))
 
 
 def test_columns_are_found_or_named(source):
@@ -244,9 +244,10 @@ def test_validation_images_are_held_out_in_the_proportions_of_the_classes(source
     assert "a stream cannot be split" in refused(source, streaming=True)
 
 
-def test_a_test_split_without_labels_is_left_out(source):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_test_split_without_labels_is_left_out(source, streaming):
     save(source, train=image_rows(LABELS), test=image_rows([-1, -1]))
-    assert load(source).splits.keys() == {"train"}
+    assert load(source, streaming=streaming).splits.keys() == {"train"}
 
 
 def test_fingerprints_are_those_of_the_images_labels_and_splits(source):

@@ -170,6 +170,12 @@ def test_the_command_reports_the_overlap(finetune, photos, options):
     assert all(weight.isfinite().all() for weight in load_file(folder / "model.safetensors").values())
 
 
+def test_a_checkpoint_of_other_classes_is_guided(finetune, checkpoint, photos):
+    """The encoder of such a checkpoint gets new heads; both must switch to eager attention."""
+    options = "--image_columns photo --mask_column mask --mask_weight 2 --num_train_epochs 1".split()
+    assert 0 < results(finetune(*options, model=checkpoint, data=photos))["eval_iou"] < 1
+
+
 def test_masks_of_a_stream(finetune, photos, tmp_path):
     images = LabelledImages.load(ImageSource(str(photos), image_columns=["photo"]), "mask")
     datasets.DatasetDict(images.splits).save_to_disk(tmp_path / "saved")  # with classes, as a stream needs them

@@ -18,17 +18,20 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+import fsspec
 
 from .errors import CommandError
 from .images import decode_image
+from .photo_folder import PhotoFolder
 
 
 # The usual names of splits and of their folders, and the names used here
@@ -37,6 +40,8 @@ SPLIT_NAMES = {
     **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
+
+SHARD_FORMATS = {".tar": "webdataset", ".parquet": "parquet"}  # by suffix, as `datasets` calls them
 
 
 @dataclass
@@ -47,18 +52,32 @@ class ImageSource:
         default="",
         metadata={
             "help": "Folder of images (with a folder per class or metadata.jsonl; in train/, validation/ and test/, if"
-            " it has these), folder of `Dataset.save_to_disk`, or data set on the Hub."
+            " it has these), folder of WebDataset shards (*.tar) or Parquet files, URL or glob of these"
+            " (s3://bucket/train-*.tar), folder of `Dataset.save_to_disk`, or dataset on the Hub."
         },
     )
-    data_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
-    data_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of it on the Hub."})
+    data_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
+    data_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a dataset on the Hub."}
+    )
     image_columns: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Columns of images, one for all branches or one for each; default: the only one (but for masks)."
+            "help": "Columns of images, one for all branches or one for each; default: the only one but for masks."
         },
     )
-    label_column: str | None = field(default=None, metadata={"help": "Default: the only column of class labels."})
+    label_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of labels; default: the only one with named classes, or label, labels or cls."},
+    )
+    class_names: str | None = field(
+        default=None,
+        metadata={
+            "help": "UTF-8 text file with one class name per line. Line i, counted from 0, names label i; labels that"
+            " are text must be among the names. It replaces names that the data has. Streams without such names need"
+            " it. Default: the names in the data, or else the labels that occur."
+        },
+    )
     streaming: bool = field(default=False, metadata={"help": "Read images only when they are needed."})
 
 
@@ -75,12 +94,6 @@ class DataArguments(ImageSource):
     check_images: bool = field(
         default=True, metadata={"help": "Decode each image before the training to find the damaged ones."}
     )
-
-
-class PhotoFolder(ImageFolder):
-    """A folder of images, which may be AVIF; `ImageFolder` leaves these out."""
-
-    EXTENSIONS = [*ImageFolder.EXTENSIONS, ".avif"]
 
 
 @dataclass
@@ -118,17 +131,11 @@ class LabelledImages:
             `CommandError`: if images or labels are missing or do not match.
         """
         splits, image_columns = select_columns(source, load_splits(source), mask_column)
+        if len(splits) > 1 and "test" in splits and is_unlabelled(splits["test"]):
+            del splits["test"]
+        splits = with_class_labels(source, splits, image_columns)
         feature = next(iter(splits.values())).features["labels"]
         multi_label = hasattr(feature, "feature")
-        for name, split in splits.items():
-            if split.features["labels"] != feature:
-                raise CommandError(f"{source.data}: the classes of {name!r} differ from those of the other splits")
-        if not isinstance(getattr(feature, "feature", feature), datasets.ClassLabel):
-            splits = with_class_labels(source, splits, feature)
-            feature = next(iter(splits.values())).features["labels"]
-        test = splits.get("test")
-        if isinstance(test, datasets.Dataset) and not multi_label and set(test["labels"]) == {-1}:
-            del splits["test"]
         class_names = list(getattr(feature, "feature", feature).names)
         images = cls(splits, class_names, multi_label, image_columns, mask_column)
         images.check_labels()
@@ -153,12 +160,12 @@ class LabelledImages:
         return digest.hexdigest()
 
     def check_labels(self) -> None:
-        """Raises a `CommandError` for labels that are not those of a class; a stream is not checked."""
+        """Raises a `CommandError` for labels that are not those of a class; a stream is checked when it is read."""
         if self.is_stream:
             return
         valid = range(len(self.class_names))
         for name, split in self.splits.items():
-            rows = enumerate(labels_of(split, self.multi_label))
+            rows = enumerate(labels_of(split))
             wrong = [row for row, labels in rows if not all(label in valid for label in labels)]
             if wrong:
                 examples = (f"row {row}: {split[row]['labels']}" for row in wrong[:5])
@@ -190,7 +197,7 @@ class LabelledImages:
                 raise CommandError(f"--validation_fraction {validation_fraction}: {error}") from error
             splits |= {"train": parts["train"], "validation": parts["test"]}
         if not self.is_stream:
-            classes = {name: set(itertools.chain(*labels_of(splits[name], self.multi_label))) for name in splits}
+            classes = {name: set(itertools.chain(*labels_of(splits[name]))) for name in splits}
             for name in splits:
                 if unknown := sorted(classes[name] - classes["train"]):
                     names = some(self.class_names[index] for index in unknown)
@@ -242,21 +249,27 @@ class LabelledImages:
 
 def load_splits(source: ImageSource) -> dict[str, Any]:
     """The splits of a data set as they are, by their common names; "train" comes first if there is one."""
-    folder = Path(source.data).expanduser()
     if not source.data:
         raise CommandError("give --data, a folder of images or a data set of the Hub")
+    data = os.path.expanduser(source.data.removeprefix("file://"))
+    folder, shards = Path(data), find_shards(data)
     loaded: Any
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        loaded = datasets.load_from_disk(str(folder))
+        loaded = datasets.load_from_disk(data)
         loaded = {"train": loaded} if isinstance(loaded, datasets.Dataset) else loaded
         if source.streaming:
             loaded = {name: split.to_iterable_dataset() for name, split in loaded.items()}
-    elif folder.is_dir() and not any(folder.rglob("*.parquet")):
+    elif shards and not (folder / "README.md").is_file():
+        loaded = load_shards(data, shards, source.streaming)
+    elif folder.is_dir() and not shards:
         loaded = load_image_folder(folder.absolute(), source.streaming)
-    else:
+    else:  # on the Hub, or a copy from there, whose card may name the files of each split
         try:
             loaded = datasets.load_dataset(
-                source.data, source.data_config, revision=source.data_revision, streaming=source.streaming
+                str(folder.absolute()) if folder.is_dir() else source.data,
+                source.data_config,
+                revision=source.data_revision,
+                streaming=source.streaming,
             )
         except (OSError, ValueError) as error:  # a typo, no network, a missing configuration
             raise CommandError(f"{source.data}: no data set in such a folder or on the Hub ({error})") from error
@@ -264,6 +277,75 @@ def load_splits(source: ImageSource) -> dict[str, Any]:
     if len(splits) < len(loaded):
         raise CommandError(f"{source.data}: two of the splits {some(loaded)} mean the same: rename one")
     return dict(sorted(splits.items(), key=lambda item: item[0] != "train"))
+
+
+def find_shards(data: str) -> dict[str, str]:
+    """
+    The WebDataset shards (`*.tar`) and Parquet files in a folder, or those of a path, glob or URL of `fsspec`. The
+    keys are paths relative to the folder or, for a glob, to its last folder without a wildcard.
+    """
+    is_pattern = glob.has_magic(data) or is_shard(data)
+    if os.path.isdir(data):
+        root = os.path.abspath(data)
+        folders = os.walk(root, followlinks=True)
+        found = [os.path.join(folder, name) for folder, _, names in folders for name in names if is_shard(name)]
+        paths = {os.path.relpath(path, root): path for path in found}
+    elif is_pattern or ("://" in data and not data.startswith("hf://")):
+        try:
+            system, pattern = fsspec.core.url_to_fs(data if is_pattern else f"{data.rstrip('/')}/**")
+            found = system.glob(pattern)
+        except (ImportError, OSError, ValueError) as error:  # no s3fs for s3://, no network, a typo
+            raise CommandError(f"{data}: cannot be read ({error})") from error
+        root = re.split(r"[*?[]", pattern)[0].rpartition("/")[0]
+        paths = {path.removeprefix(root): system.unstrip_protocol(path).removeprefix("file://") for path in found}
+    else:
+        return {}
+    is_hidden = re.compile(r"(^|/)(\.|__)").search
+    return {name: path for name, path in sorted(paths.items()) if is_shard(name) and not is_hidden(name)}
+
+
+def load_shards(data: str, shards: dict[str, str], streaming: bool) -> dict[str, Any]:
+    """
+    Loads WebDataset shards or Parquet files. As in `datasets`, a word in the name of a file or its folder selects the
+    split: `train/0.tar`, `imagenet-val-0001.tar`. If no name has one, the split is "train"; if only some names have
+    one, which `datasets` would load without the others, that is an error.
+    """
+    images = [
+        name for name in glob.glob("**", root_dir=data, recursive=True) if suffix_of(name) in PhotoFolder.EXTENSIONS
+    ]
+    examples = {suffix_of(name): name for name in (*images[:1], *shards)}
+    if len(examples) > 1:
+        raise CommandError(
+            f"{data}: WebDataset shards, Parquet files and images must be in separate folders, found"
+            f" {some(examples.values())}"
+        )
+    splits: dict[str, list[str]] = {}
+    for name, path in shards.items():
+        words = re.split(r"[\W\d_]+", name.partition("?")[0].lower())
+        found = {SPLIT_NAMES[word]: word for word in words if word in SPLIT_NAMES}
+        if len(found) > 1:
+            raise CommandError(f"{path}: of which split? Its name has the words {some(found.values())}")
+        splits.setdefault(next(iter(found), ""), []).append(path if "://" in path else glob.escape(path))
+    unnamed = splits.pop("", [])
+    if unnamed and splits:
+        raise CommandError(f"{data}: of which split are {some(unnamed)}? Their names have no word such as 'train'")
+    kind = SHARD_FORMATS[suffix_of(name)]
+    try:
+        return {
+            name: datasets.load_dataset(kind, data_files={name: files}, split=name, streaming=streaming)
+            for name, files in (splits or {"train": unnamed}).items()
+        }
+    except (OSError, ValueError) as error:  # no network, damaged files
+        raise CommandError(f"{data}: cannot be read as {kind} ({error})") from error
+
+
+def is_shard(path: str) -> bool:
+    return suffix_of(path) in SHARD_FORMATS and os.path.basename(path) not in PhotoFolder.METADATA_FILENAMES
+
+
+def suffix_of(path: str) -> str:
+    """In lower case; `path` may be a URL with a query."""
+    return os.path.splitext(path.partition("?")[0])[1].lower()
 
 
 def load_image_folder(folder: Path, streaming: bool) -> dict[str, Any]:
@@ -317,7 +399,7 @@ def split_folders(folder: Path) -> dict[str, Path]:
         splits = {}  # the classes of a data set, one of which is called "train"
     if not splits:
         return {"train": folder}
-    others += [name for name in ImageFolder.METADATA_FILENAMES if (folder / name).is_file()]
+    others += [name for name in PhotoFolder.METADATA_FILENAMES if (folder / name).is_file()]
     if others:
         raise CommandError(
             f"{folder}: beside the splits {some(splits)} there must be no other folders and no metadata, found"
@@ -356,12 +438,13 @@ def columns_of_images(features: datasets.Features) -> list[str]:
 
 
 def only_column(source: str, kind: str, features: datasets.Features) -> str:
-    """The only column of that kind, "image" or "label", or else the one with the usual name."""
+    """The only column of that kind, "image" or "label", or else the one with a usual name: "cls" in WebDataset."""
     columns = columns_of_images(features)
     if kind == "label":
         classes = {name: getattr(feature, "feature", feature) for name, feature in features.items()}
         columns = [name for name, feature in classes.items() if isinstance(feature, datasets.ClassLabel)]
-    columns = columns if len(columns) == 1 else [name for name in (kind, f"{kind}s") if name in features]
+    usual_names = ("label", "labels", "cls") if kind == "label" else ("image", "images")
+    columns = columns if len(columns) == 1 else [name for name in usual_names if name in features]
     if len(columns) != 1:
         remedy = "name it with --label_column, or put the images of each class, two or more, into a separate folder"
         if kind == "image":
@@ -370,33 +453,123 @@ def only_column(source: str, kind: str, features: datasets.Features) -> str:
     return columns[0]
 
 
-def with_class_labels(source: ImageSource, splits: dict[str, Any], feature: Any) -> dict[str, Any]:
-    """The splits with classes instead of texts or whole numbers: the values that occur in the first split."""
-    multi_label = hasattr(feature, "feature")
-    dtype = str(getattr(getattr(feature, "feature", feature), "dtype", None))
-    if source.streaming or not (dtype in ("string", "large_string", "bool") or "int" in dtype):
+def with_class_labels(source: ImageSource, splits: dict[str, Any], image_columns: list[str]) -> dict[str, Any]:
+    """
+    The splits with labels that are indices of classes: those of `--class_names`, or else of the data. On disk, labels
+    without names become classes: the values that occur in the first split.
+
+    Raises:
+        `CommandError`: for labels of another type, names that do not fit, and unknown labels; for those of a stream,
+            when it is read.
+    """
+    first = next(iter(splits))
+    feature = splits[first].features["labels"]
+    for name, split in splits.items():
+        if split.features["labels"] != feature:
+            raise CommandError(f"{source.data}: the classes of {name!r} differ from those of the other splits")
+    multi_label, kind = hasattr(feature, "feature"), getattr(feature, "feature", feature)
+    dtype = str(getattr(kind, "dtype", None))
+    is_text = dtype in ("string", "large_string")
+    if not (is_text or dtype == "bool" or "int" in dtype):
+        raise CommandError(f"{source.data}: labels must be names of classes or whole numbers, got {feature}")
+    is_stream = any(isinstance(split, datasets.IterableDataset) for split in splits.values())
+    own_names = kind.names if isinstance(kind, datasets.ClassLabel) else None
+    names = read_class_names(source.class_names, own_names) if source.class_names else own_names
+    if own_names and names == own_names and not is_stream:
+        return splits
+    values: Iterable[Any]  # the label of each class
+    if names:
+        values = names if is_text else range(len(names))
+    elif is_stream:
         raise CommandError(
-            f"{source.data}: labels must be names of classes or whole numbers, those of a stream a ClassLabel column,"
-            f" got {feature}"
+            f"{source.data}: the classes of a stream need names, and its labels have none ({feature}); give"
+            " --class_names, a text file with one name per line"
         )
+    else:
+        values = sorted(set(itertools.chain(*labels_of(splits[first]))) - {None})
+        names = [str(value) for value in values]
+    indices = {value: index for index, value in enumerate(values)}
+    column: Any = datasets.ClassLabel(names=names)
+    column = datasets.List(column) if multi_label else column
+    if is_stream:
+        return {
+            name: split.map(
+                index_row,
+                input_columns=["labels", *image_columns],
+                fn_kwargs={"indices": indices, "split": name},
+                features=datasets.Features({**split.features, "labels": column}),
+            )
+            for name, split in splits.items()
+        }
+    indices |= {None: None, -1: -1} if own_names else {None: None}  # missing labels, which `check_labels` names
+    known = f"--class_names {source.class_names}" if source.class_names else repr(first)
+    for name, split in splits.items():
+        rows = list(labels_of(split))
+        wrong = [
+            f"row {row}: {label!r}" for row, labels in enumerate(rows) for label in labels if label not in indices
+        ]
+        if wrong:
+            raise CommandError(f"labels of {name!r} that {known} does not have: {some(wrong)}")
+        labels: list[Any] = [[indices[label] for label in row] for row in rows]
+        labels = labels if multi_label else [label for (label,) in labels]
+        # Instead of a cast, which would copy the images
+        splits[name] = split.remove_columns("labels").add_column("labels", labels, feature=column)
+    return splits
 
-    def cast(kind: Any) -> dict[str, Any]:
-        column = datasets.List(kind) if multi_label else kind
-        return {name: split.cast_column("labels", column) for name, split in splits.items()}
 
-    splits = cast(datasets.Value("string"))
-    values = {name: set(itertools.chain(*labels_of(split, multi_label))) - {None} for name, split in splits.items()}
-    known = next(iter(values.values()))
-    for name in splits:
-        # `datasets` would read an unknown number as the index of a class
-        if unknown := values[name] - known:
-            raise CommandError(f"labels of {name!r} that 'train' does not have: {some(sorted(unknown))}")
-    return cast(datasets.ClassLabel(names=sorted(known, key=int if "int" in dtype else str)))
+def read_class_names(path: str, own_names: list[str] | None = None) -> list[str]:
+    """
+    The lines of a text file. Raises a `CommandError` if they are not the names of different classes, or cannot replace
+    the names that the classes of the data have.
+    """
+    try:
+        names = [line.strip() for line in Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--class_names {path}: not a text file in UTF-8 ({error})") from error
+    counts = Counter(names)
+    wrong = [f"line {line}: {name!r}" for line, name in enumerate(names, 1) if not name or counts[name] > 1]
+    if wrong or not names:
+        raise CommandError(
+            f"--class_names {path}: each line must name a different class, got {some(wrong) or 'no line'}"
+        )
+    if own_names and (len(names) != len(own_names) or (names != own_names and set(names) == set(own_names))):
+        raise CommandError(
+            f"--class_names {path}: must rename the {len(own_names)} classes {some(own_names)}, in this order, got"
+            f" {len(names)}: {some(names)}"
+        )
+    return names
 
 
-def labels_of(split: datasets.Dataset, multi_label: bool) -> Iterable[list[Any]]:
+def index_row(labels: Any, *images: dict[str, Any] | None, indices: dict[Any, int], split: str) -> dict[str, Any]:
+    """The indices of the labels of a row. Raises a `CommandError` for a wrong label or a missing image."""
+    if None in images:
+        raise CommandError(
+            f"a row of {split!r} with the label {labels!r} has no image; in WebDataset shards, all images must have"
+            " the same suffix"
+        )
+    found = [indices.get(label) for label in as_list(labels)]
+    if None in found:
+        path = images[0]["path"] or "an image"
+        raise CommandError(f"{path} of {split!r}: the label {labels!r} is not one of {some(map(repr, indices))}")
+    return {"labels": found if isinstance(labels, list) else found[0]}
+
+
+def is_unlabelled(split: Any) -> bool:
+    """Whether all labels of a split are -1, or the first one of a stream."""
+    if isinstance(split, datasets.IterableDataset):
+        return [row["labels"] for row in split.select_columns("labels").take(1)] == [-1]
+    return {label for labels in labels_of(split) for label in labels} == {-1}
+
+
+def labels_of(split: datasets.Dataset) -> Iterable[list[Any]]:
     """The labels of each image; `[None]` if they are missing."""
-    return ([None] if label is None else label if multi_label else [label] for label in split["labels"])
+    return map(as_list, split["labels"][:])
+
+
+def as_list(labels: Any) -> list[Any]:
+    """The labels of an image, which may be a single one. Texts in WebDataset shards may end with a newline."""
+    labels = labels if isinstance(labels, list) else [labels]
+    return [label.strip() if isinstance(label, str) else label for label in labels]
 
 
 def inspect_image(image: dict[str, Any] | None, is_mask: bool) -> dict[str, Any]:
