@@ -81,8 +81,8 @@ def test_the_transform_of_the_paper_is_timms():
     _, found_policy, *_, found_normalize, found_erasing = transform.photometric.transforms
     assert str(found_policy.transforms[0]) == str(policy)
     assert [operation.hparams for operation in found_policy.transforms[0].ops] == [op.hparams for op in policy.ops]
-    assert found_normalize.mean == pytest.approx(normalize.mean.tolist())
-    assert found_normalize.std == pytest.approx(normalize.std.tolist())
+    assert found_normalize.mean == pytest.approx((255 * normalize.mean).tolist())
+    assert found_normalize.std == pytest.approx((255 * normalize.std).tolist())
     assert vars(found_erasing) == vars(erasing) and erasing.probability == 0.25
 
 
