@@ -1,6 +1,7 @@
 """Fine-tuning from the command line: what comes out, and what can be asked for."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -176,6 +177,13 @@ def test_layer_decay_lowers_the_learning_rates_of_early_layers(finetune, checkpo
     rates = {group["initial_lr"] for group in torch.load(file)["param_groups"]}
     # Heads, second stage, first stage, embeddings
     assert rates == {2e-3, 1e-3, 5e-4, 2.5e-4}
+
+
+@pytest.mark.parametrize("options", [[], ["--streaming", "--max_steps", "4"]], ids=["disk", "stream"])
+def test_no_workers_are_left(finetune, options):
+    """They would delay the exit of a process that uses a GPU."""
+    finetune("--num_train_epochs", "1", "--dataloader_num_workers", "2", *options)
+    assert multiprocessing.active_children() == []
 
 
 def test_a_compiled_model_is_saved_under_its_own_names(finetune):

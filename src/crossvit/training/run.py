@@ -198,9 +198,9 @@ def finish(trainer: CrossViTTrainer, images: LabelledImages, data: DataArguments
         trainer.save_metrics(name, prediction.metrics)
         if trainer.args.should_save and not images.multi_label:
             save_confusion_matrix(output / f"{name}_confusion.png", prediction, images.class_names)
-    # Otherwise the card would name a folder of images after the class that reads it
+    # Only a dataset on the Hub has a tag. A folder of images would be named after the class that reads it
     card: dict[str, Any] = {"dataset": Path(data.data).resolve().name, "dataset_tags": [], "dataset_args": []}
-    if not Path(data.data).expanduser().exists():
+    if not Path(data.data).expanduser().exists() and not any(part in data.data for part in ("://", "*")):
         card = {"dataset": data.data, "dataset_tags": data.data}
     if trainer.args.push_to_hub:
         trainer.push_to_hub(**card)
@@ -208,3 +208,14 @@ def finish(trainer: CrossViTTrainer, images: LabelledImages, data: DataArguments
         trainer.create_model_card(**card)
     if trainer.args.should_save:
         print(f"Saved the model and its image processor in {output}", flush=True)
+    end_workers(trainer)
+
+
+def end_workers(trainer: CrossViTTrainer) -> None:
+    """Ends the processes that read images. With a GPU, PyTorch 2.11 waits five seconds for each of them at the exit."""
+    handler = trainer.callback_handler
+    handler.train_dataloader = handler.eval_dataloader = None
+    trainer._eval_dataloaders = {}
+    if trainer.position is not None:
+        trainer.position.loader = None
+    trainer.accelerator.free_memory()
