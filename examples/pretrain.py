@@ -20,7 +20,9 @@ The recipe is the file paper_recipe.json beside this script; --recipe selects an
 option of the command, as are those of Transformers' TrainingArguments. The same command resumes an interrupted run.
 """
 
+import io
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -29,23 +31,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
+import PIL.Image
 import torch
 from command_line import load_config, make_parser, parse, run
 from tqdm import tqdm
 from transformers import TrainingArguments
 
 from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
-from crossvit.training.augmentation import AugmentationArguments
-from crossvit.training.data import DataArguments
+from crossvit.training.augmentation import AugmentationArguments, Collator, TrainingTransform
+from crossvit.training.data import DataArguments, LabelledImages
 from crossvit.training.errors import CommandError
 from crossvit.training.learning_rates import cosine_by_epoch
-from crossvit.training.run import TRAINING_DEFAULTS, finish, make_trainer, prepare_images, train
+from crossvit.training.run import TRAINING_DEFAULTS, finish, make_trainer, prepare_images, train, transformed
 
 
 VARIANTS = Path(__file__).parents[1] / "conversion" / "variants.json"
 IMAGENET_IMAGES = 1_281_167  # to train with
 PLAN_STEPS = 6  # to measure, of which the first does not count
 PLAN_BATCH_ON_CPU = 8  # as fast per image as more at once
+PLAN_IMAGES = 256  # to read
 DEFAULTS = {
     "output_dir": "outputs/pretrain",
     "per_device_eval_batch_size": 128,
@@ -132,28 +138,83 @@ def learning_rate_schedule(recipe: PretrainArguments, args: TrainingArguments) -
     )
 
 
-def print_plan(config: CrossViTConfig, recipe: PretrainArguments, args: TrainingArguments) -> None:
-    """Measures training steps on this machine, and prints what the recipe takes on more of them."""
-    batch = args.per_device_train_batch_size
-    measured = min(batch, PLAN_BATCH_ON_CPU) if args.device.type == "cpu" else batch
+def measure_training(config: CrossViTConfig, batch: int, args: TrainingArguments) -> float:
+    """The images per second that this device trains on, if they are there already."""
     model: Any = CrossViTForImageClassification(config).train()
     model.to(args.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    images = torch.randn(measured, config.num_channels, *config.image_sizes[0], device=args.device)
-    labels = torch.randint(config.num_labels, (measured,), device=args.device)
+    images = torch.randn(batch, config.num_channels, *config.image_sizes[0], device=args.device)
+    labels = torch.randint(config.num_labels, (batch,), device=args.device)
+    dtype = torch.float16 if args.fp16 else torch.bfloat16
     seconds = []
     for _ in tqdm(range(PLAN_STEPS), "steps to measure", leave=False, disable=args.disable_tqdm):
         start = time.perf_counter()
-        with torch.autocast(args.device.type, dtype=torch.bfloat16, enabled=args.bf16):
+        with torch.autocast(args.device.type, dtype=dtype, enabled=args.fp16 or args.bf16):
             loss = model(images, labels=labels).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         loss.item()  # waits for the device
         seconds.append(time.perf_counter() - start)
-    rate = measured / statistics.median(seconds[1:])
+    return batch / statistics.median(seconds[1:])
+
+
+def generate_photos() -> LabelledImages:
+    """Images in memory that take about as long to decode as ImageNet's: JPEG, 500x400 pixels, 100 kB."""
+    generator, files = np.random.default_rng(0), []
+    for _ in range(PLAN_IMAGES):
+        pixels = generator.integers(0, 256, (100, 125, 3), dtype=np.uint8)
+        file = io.BytesIO()
+        PIL.Image.fromarray(pixels).resize((500, 400), PIL.Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+        files.append({"bytes": file.getvalue(), "path": None})
+    features = datasets.Features({"image": datasets.Image(mode="RGB"), "labels": datasets.ClassLabel(names=["photo"])})
+    photos = datasets.Dataset.from_dict({"image": files, "labels": [0] * len(files)}, features)
+    return LabelledImages({"train": photos}, ["photo"], multi_label=False, image_columns=["image"])
+
+
+def measure_reading(
+    images: LabelledImages, processor: Any, augmentation: AugmentationArguments, args: TrainingArguments
+) -> float:
+    """The images per second that one core reads and augments, as the workers of the data loader do."""
+    torch.set_num_threads(1)
+    train = images.splits["train"]
+    if not images.is_stream:  # some of each class
+        chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(args.seed))
+        train = train.select(chosen[:PLAN_IMAGES].tolist())
+    mixup = None if images.multi_label else augmentation.mixup(len(images.class_names))
+    loader = torch.utils.data.DataLoader(
+        transformed(train, TrainingTransform(augmentation, processor, images.image_columns)),
+        batch_size=min(args.per_device_train_batch_size, PLAN_IMAGES),
+        collate_fn=Collator(len(images.class_names), images.multi_label, mixup),
+    )
+    read, start = 0, time.perf_counter()
+    for batch in tqdm(loader, "batches to measure", leave=False, disable=args.disable_tqdm):
+        read += len(batch["labels"])
+        if read >= PLAN_IMAGES:
+            break
+    return read / (time.perf_counter() - start)
+
+
+def print_plan(
+    config: CrossViTConfig,
+    processor: Any,
+    recipe: PretrainArguments,
+    data: DataArguments,
+    augmentation: AugmentationArguments,
+    args: TrainingArguments,
+) -> None:
+    """Measures this machine, and prints how long the recipe takes on more of them."""
+    source, images = "generated 500x400 JPEGs", generate_photos()
+    if data.data:
+        source, images = data.data, LabelledImages.load(data).for_training(data.validation_fraction, args.seed)
+    batch = args.per_device_train_batch_size
+    measured = min(batch, PLAN_BATCH_ON_CPU) if args.device.type == "cpu" else batch
+    rate = measure_training(config, measured, args)
+    reading = measure_reading(images, processor, augmentation, args)
     name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else "CPU"
-    print(f"{name}: {rate:,.1f} images per second and device, {measured} at once, without reading images")
+    print(f"{name}: {rate:,.1f} images/s per device (batch size {measured}, synthetic data)")
+    cores = math.ceil(rate / reading)
+    print(f"Data loading: {reading:,.1f} images/s per CPU core ({source}); cores needed per device: {cores}")
     print(f"{args.num_train_epochs:g} epochs of ImageNet, {recipe.total_batch_size} images per step:")
     print(f"{'devices':>8} {'per device':>11} {'accumulated':>12} {'learning rate':>14} {'steps':>8} {'days':>8}")
     for devices in (1, 8, 32):
@@ -161,9 +222,9 @@ def print_plan(config: CrossViTConfig, recipe: PretrainArguments, args: Training
         total = batch * devices * accumulated
         learning_rate = args.learning_rate * total / recipe.learning_rate_batch_size
         steps = args.num_train_epochs * (IMAGENET_IMAGES // total)
-        days = args.num_train_epochs * IMAGENET_IMAGES / (rate * devices) / 86_400
+        days = steps * total / (rate * devices) / 86_400
         print(f"{devices:8} {batch:11} {accumulated:12} {learning_rate:14.2g} {steps:8,.0f} {days:8,.1f}")
-    print("Days if the devices do not wait for each other or for images.")
+    print("The estimate assumes linear scaling and no data-loading bottleneck.")
 
 
 def main() -> None:
@@ -175,7 +236,7 @@ def main() -> None:
 
     config, processor = load_model_config(recipe)
     if recipe.plan:
-        return print_plan(config, recipe, args)
+        return print_plan(config, processor, recipe, data, augmentation, args)
     set_batch_and_learning_rate(recipe, args)
     images = prepare_images(data, args)
     if images.multi_label:

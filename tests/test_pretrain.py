@@ -1,6 +1,7 @@
 """The paper's recipe: its numbers, how they scale, and that it learns."""
 
 import json
+import time
 
 import numpy as np
 import PIL.Image
@@ -13,6 +14,8 @@ from test_finetune import same_weights
 from timm_reference import authors_learning_rates
 
 from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
+from crossvit.modeling_crossvit import CrossViTImageClassifierOutput
+from crossvit.training.augmentation import TrainingTransform
 from crossvit.training.metrics import SingleLabelMetric
 
 
@@ -37,11 +40,16 @@ def test_the_recipe_is_that_of_the_paper():
     assert recipe["augmentation_repeats"] == 3
 
 
-def test_steps_and_learning_rates(example, options, tmp_path):
+def test_learning_rates_and_optimizer(example, options, tmp_path):
     example("pretrain", *options, "--num_train_epochs", "10", "--learning_rate", "1e-3", "--warmup_steps", "0.2")
     # 24 images, two batches of 4 accumulated: three steps per epoch
     expected = authors_learning_rates(10, 2, peak=1e-3 * 8 / 4)
     np.testing.assert_allclose(history(tmp_path / "out", "learning_rate"), np.repeat(expected, 3), rtol=1e-13)
+    # AdamW of the authors' script, where those that are not decayed come last
+    optimizer = torch.load(tmp_path / "out" / "checkpoint-30" / "optimizer.pt")["param_groups"]
+    found = [(group["betas"], group["eps"], group["weight_decay"]) for group in optimizer]
+    assert found == [((0.9, 0.999), 1e-8, 0.05), ((0.9, 0.999), 1e-8, 0.0)]
+    assert CrossViTConfig.from_pretrained(tmp_path / "out").drop_path_rate == 0.1
 
 
 def test_an_incomplete_step_is_dropped(example, options, tmp_path):
@@ -98,28 +106,43 @@ def test_a_wrong_recipe_is_named(failure, options, tmp_path, recipe, message):
     assert message in failure("pretrain", *options, "--recipe", tmp_path / "recipe.json")
 
 
-def test_the_plan_is_worked_out_from_what_was_measured(example, monkeypatch):
-    """On a CPU: in bfloat16, with few images at once and progress."""
-    batches = []
-    forward = CrossViTForImageClassification.forward
+@pytest.mark.parametrize("source", ["generated", "data"])
+def test_the_plan_is_worked_out_from_what_was_measured(example, zoo, monkeypatch, source):
+    """On a CPU: in bfloat16, with few images at once and progress. The clock shows only the time that is set here."""
+    now, batches, read = 0.0, [], []
+    transform = TrainingTransform.__call__
 
-    def count(self, pixel_values, **kwargs):
+    def forward(self, pixel_values, labels):
+        nonlocal now
+        now += 0.5
         batches.append(len(pixel_values))
         assert torch.is_autocast_enabled("cpu")
-        return forward(self, pixel_values[..., :16, :16], interpolate_pos_encoding=True, **kwargs)  # which is faster
+        return CrossViTImageClassifierOutput(loss=sum(parameter.sum() for parameter in self.classifier.parameters()))
+
+    def read_and_augment(self, rows):
+        nonlocal now
+        now += 0.1 * len(rows["labels"])
+        read.extend(image.size for image in rows["image"])
+        return transform(self, rows)
 
     monkeypatch.setattr(torch.accelerator, "is_available", lambda *args: False)
-    monkeypatch.setattr(CrossViTForImageClassification, "forward", count)
-    output, errors = example("pretrain", "--variant", "crossvit_tiny", "--plan", "--bf16")
-    assert batches == [8] * 6 and "8 at once" in output and "steps to measure" in errors
-    rate = float(output.split(" images per second")[0].split()[-1].replace(",", ""))
-    rows = [line.replace(",", "").split() for line in output.splitlines()[3:6]]
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    monkeypatch.setattr(CrossViTForImageClassification, "forward", forward)
+    monkeypatch.setattr(TrainingTransform, "__call__", read_and_augment)
+    options = ["--data", zoo] if source == "data" else []
+    output, errors = example("pretrain", "--variant", "crossvit_tiny", "--plan", "--bf16", *options)
+    assert batches == [8] * 6 and "steps to measure" in errors and "batches to measure" in errors
+    lines = output.splitlines()
+    assert lines[0] == "CPU: 16.0 images/s per device (batch size 8, synthetic data)"
+    read_from = zoo if source == "data" else "generated 500x400 JPEGs"
+    assert lines[1] == f"Data loading: 10.0 images/s per CPU core ({read_from}); cores needed per device: 2"
+    assert read == ([(44, 40)] * 24 if source == "data" else [(500, 400)] * 256)
+    rows = [line.replace(",", "").split() for line in lines[4:7]]
     assert [row[:3] for row in rows] == [["1", "128", "32"], ["8", "128", "4"], ["32", "128", "1"]]
     for devices, batch, accumulated, learning_rate, steps, days in rows:
         assert int(devices) * int(batch) * int(accumulated) == 4096 and float(learning_rate) == 0.004
-        assert int(steps) == 300 * 312
-        # Days and rates are printed with one decimal
-        assert float(days) == pytest.approx(300 * 1_281_167 / (rate * int(devices)) / 86_400, rel=0.02, abs=0.06)
+        assert int(steps) == 300 * (1_281_167 // 4096)
+        assert float(days) == pytest.approx(300 * 312 * 4096 / (16 * int(devices)) / 86_400, abs=0.051)
 
 
 @pytest.mark.slow

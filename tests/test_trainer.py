@@ -2,13 +2,17 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from small_training import accuracy, arguments
+from timm.data import Mixup
+from timm.loss import SoftTargetCrossEntropy
 from transformers import TrainingArguments
 
 from crossvit import CrossViTForImageClassification
+from crossvit.training.augmentation import AugmentationArguments, Collator
 from crossvit.training.trainer import CrossViTTrainer, last_usable_checkpoint
 
 
@@ -86,6 +90,28 @@ def test_what_is_decayed_is_what_the_authors_script_decayed(small_config, tmp_pa
     for name, parameter in model.named_parameters():
         plain = parameter.ndim == 1 or name.endswith(".bias")
         assert decays[id(parameter)] == (0.0 if plain else 0.05), name
+
+
+def test_mixing_and_label_smoothing_equal_those_of_the_authors_script(small_config, tmp_path):
+    """There, timm's `Mixup` smooths the labels before it mixes them; here, the loss smooths the mixed labels."""
+    small_config.problem_type = "single_label_classification"
+    args = arguments(tmp_path, label_smoothing_factor=0.1)
+    trainer = CrossViTTrainer(CrossViTForImageClassification(small_config), args)
+    theirs = Mixup(
+        mixup_alpha=0.8, cutmix_alpha=1.0, prob=1.0, switch_prob=0.5, mode="batch", label_smoothing=0.1, num_classes=5
+    )
+    collator = Collator(5, mixup=AugmentationArguments(mixup_alpha=0.8, cutmix_alpha=1.0).mixup(5))
+    images, labels = torch.randn(6, 3, 8, 8), torch.arange(6) % 5
+    rows = [{"pixel_values": image, "labels": label} for image, label in zip(images, labels)]
+    for seed in range(8):  # some of each kind
+        np.random.seed(seed)
+        mixed, targets = theirs(images.clone(), labels)
+        np.random.seed(seed)
+        batch = collator(rows)
+        assert torch.equal(batch["pixel_values"], mixed)
+        logits = torch.randn(6, 5, requires_grad=True)
+        loss = trainer.classification_loss({"logits": logits}, batch["labels"], batch["labels"].numel())
+        torch.testing.assert_close(loss, SoftTargetCrossEntropy()(logits, targets))
 
 
 def test_evaluations_do_not_smooth_labels(small_config, tmp_path):

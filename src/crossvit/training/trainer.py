@@ -40,13 +40,13 @@ logger = logging.getLogger(__name__)
 
 class CrossViTTrainer(StreamTrainer):
     """
-    Transformers' [`~transformers.Trainer`], which differs where a CrossViT or its recipe asks for it:
+    A [`~transformers.Trainer`] with what CrossViT and the paper's recipe need:
 
-    - labels may be probabilities, as mixup and cutmix make them, with label smoothing or without. The loss of any kind
-      of labels is a mean over all images of a step, however they are spread over processes and accumulated;
-    - on request, images are repeated, incomplete steps are dropped, the learning rate follows any function, and layers
-      far from the heads have a lower one;
-    - a model sharded by FSDP is saved whole;
+    - labels may be probabilities, as mixup and CutMix make them, with or without label smoothing. The loss is the mean
+      over all images of a step, regardless of the number of processes and gradient accumulation;
+    - on request, images are repeated, incomplete steps are dropped, the learning rate follows a function of the step,
+      and early layers have lower learning rates;
+    - a model sharded by FSDP is saved as a full (unsharded) checkpoint;
     - the model card names the origin of weights from a folder.
 
     Args:
@@ -55,8 +55,8 @@ class CrossViTTrainer(StreamTrainer):
         augmentation_repeats (`int`, *optional*, defaults to 1):
             How often an image is drawn, by a [`RepeatedAugmentationSampler`] if more than once.
         drop_incomplete_step (`bool`, *optional*, defaults to `False`):
-            Whether to drop the last images of an epoch that do not fill a step, which is a batch of each process times
-            the accumulated batches. Repeated images always do. Does not apply to streams.
+            Whether to drop the last images of an epoch if they do not fill a step, which consists of all accumulated
+            batches of all processes. Always the case with repeated images, never with streams.
         learning_rate_schedule (`Callable[..., float]`, *optional*):
             Replaces that of `args.lr_scheduler_type`: the multiple of `args.learning_rate` at a step, such as
             [`cosine_by_epoch`]. It is called with `step`, `num_warmup_steps` and `num_training_steps`.
