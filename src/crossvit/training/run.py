@@ -212,7 +212,7 @@ def finish(trainer: CrossViTTrainer, images: LabelledImages, data: DataArguments
 
 
 def end_workers(trainer: CrossViTTrainer) -> None:
-    """Ends the processes that read images. With a GPU, PyTorch 2.11 waits five seconds for each of them at the exit."""
+    """Ends the processes that read images. With a GPU, PyTorch 2.11 waits five seconds for each of them on exit."""
     handler = trainer.callback_handler
     handler.train_dataloader = handler.eval_dataloader = None
     trainer._eval_dataloaders = {}
