@@ -41,7 +41,9 @@ def test_the_recipe_is_that_of_the_paper():
 
 
 def test_learning_rates_and_optimizer(example, options, tmp_path):
-    example("pretrain", *options, "--num_train_epochs", "10", "--learning_rate", "1e-3", "--warmup_steps", "0.2")
+    only_the_end = "--eval_strategy no --save_strategy steps --save_steps 30".split()
+    options += ["--num_train_epochs", "10", "--learning_rate", "1e-3", "--warmup_steps", "0.2"]
+    example("pretrain", *options, *only_the_end)
     # 24 images, two batches of 4 accumulated: three steps per epoch
     expected = authors_learning_rates(10, 2, peak=1e-3 * 8 / 4)
     np.testing.assert_allclose(history(tmp_path / "out", "learning_rate"), np.repeat(expected, 3), rtol=1e-13)
@@ -166,9 +168,9 @@ def test_the_recipe_learns_digits_from_scratch(example, tmp_path):
         "pretrain", "--config", tmp_path / "config", "--data", tmp_path / "digits", "--output_dir", tmp_path / "out",
         "--use_cpu", "--disable_tqdm", "true", "--report_to", "none", "--eval_strategy", "no", "--save_strategy", "no",
         "--num_train_epochs", "30", "--total_batch_size", "32", "--per_device_train_batch_size", "32",
-        "--learning_rate_batch_size", "32", "--learning_rate", "1e-3",
+        "--learning_rate_batch_size", "32", "--learning_rate", "2e-3",
         "--crop_scale", "0.8", "1.0", "--horizontal_flip", "0", "--mixup_alpha", "0.1", "--cutmix_alpha", "0.1",
         "--auto_augment", "rand-m2-n1-mstd0.5-inc1", "--random_erasing", "0.1",
         "--augmentation_repeats", "2", "--drop_path_rate", "0.05",
     )  # fmt: skip
-    assert results(tmp_path / "out")["eval_accuracy"] >= 0.97  # 98.3 % was measured
+    assert results(tmp_path / "out")["eval_accuracy"] >= 0.97  # 98.3 % was measured, with two seeds
