@@ -16,6 +16,7 @@ from timm_reference import authors_learning_rates
 from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
 from crossvit.modeling_crossvit import CrossViTImageClassifierOutput
 from crossvit.training.augmentation import TrainingTransform
+from crossvit.training.images import decode_image
 from crossvit.training.metrics import SingleLabelMetric
 
 
@@ -124,7 +125,7 @@ def test_the_plan_is_worked_out_from_what_was_measured(example, zoo, monkeypatch
     def read_and_augment(self, rows):
         nonlocal now
         now += 0.1 * len(rows["labels"])
-        read.extend(image.size for image in rows["image"])
+        read.extend(decode_image(image).size for image in rows["image"])
         return transform(self, rows)
 
     monkeypatch.setattr(torch.accelerator, "is_available", lambda *args: False)
