@@ -167,7 +167,8 @@ def generate_photos() -> LabelledImages:
         file = io.BytesIO()
         PIL.Image.fromarray(pixels).resize((500, 400), PIL.Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
         files.append({"bytes": file.getvalue(), "path": None})
-    features = datasets.Features({"image": datasets.Image(decode=False), "labels": datasets.ClassLabel(names=["photo"])})
+    labels = datasets.ClassLabel(names=["photo"])
+    features = datasets.Features({"image": datasets.Image(decode=False), "labels": labels})
     photos = datasets.Dataset.from_dict({"image": files, "labels": [0] * len(files)}, features)
     return LabelledImages({"train": photos}, ["photo"], multi_label=False, image_columns=["image"])
 
