@@ -28,6 +28,7 @@ def test_benchmark_measures_every_task(tmp_path):
         assert {len(rounds) for rounds in record["values"].values()} == {1 if record["task"] == "memory" else 3}
     assert values.keys() == set(benchmark.TASKS)
     assert all(values[task].keys() == {"ours", "timm", "wrapper"} for task in ("inference", "training", "loading"))
+    assert values["streaming"].keys() == {"ours", "stream"}
     # Weights, gradients and the two moments of AdamW: 4 bytes each for 7,014,800 parameters
     assert min(values["memory"].values())[0] > 4 * 4 * 7_014_800
 
@@ -80,5 +81,5 @@ def test_interrupted_run_keeps_what_it_measured(monkeypatch, tmp_path, capsys):
     assert "interrupted" in capsys.readouterr().err.splitlines()[-1]
     assert len(json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))["cells"]) == 2
     *_, first, second = (tmp_path / "benchmark.md").read_text(encoding="utf-8").splitlines()
-    assert first.endswith("| 1,000.0 ms | 2,000.0 ms |  | 0.50 (0.50-1.00) |  | 3.0 s, 4.0 s |")
+    assert first.endswith("| 1,000.0 ms | 2,000.0 ms |  |  | 0.50 (0.50-1.00) |  |  | 3.0 s, 4.0 s |")
     assert "failed: RuntimeError: out of memory" in second

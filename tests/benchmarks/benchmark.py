@@ -19,20 +19,24 @@ from typing import Any
 
 VARIANTS_FILE = Path(__file__).parents[2] / "conversion" / "variants.json"
 VARIANTS = {variant["name"]: variant for variant in json.loads(VARIANTS_FILE.read_text(encoding="utf-8"))}
-TASKS = ("inference", "training", "memory", "preprocessing", "reading", "loading", "pipeline")
+TASKS = ("inference", "training", "memory", "preprocessing", "reading", "streaming", "loading", "pipeline")
 DTYPES = ("float32", "bfloat16")
 MODES = ("eager", "compiled", "reduce-overhead", "checkpointing")
 PREPROCESSED_IMAGES = 32
-# What does not depend on the model: backends of our image processor; augmentation, in the main process or by a worker
+# What does not depend on the model: backends of our image processor; augmentation, and files of a stream, each read in
+# the main process or by a worker
 PREPROCESSING_MODES = {
     "preprocessing": ("torchvision", "pil"),
     "reading": [f"{name}{where}" for where in ("", ", worker") for name in ("fine-tuning", "recipe", "evaluation")],
+    "streaming": [f"{name}{where}" for where in ("", ", worker") for name in ("folder", "parquet")],
 }
 QUICK = {"variants": ["crossvit_tiny", "crossvit_9_dagger"], "batch_sizes": [8], "modes": ["eager"], "seconds": 2.0}
 
 # A cell, by its first columns of the table, is what all contenders do in turns
 CELL = ("variant", "task", "batch_size", "dtype", "mode", "attn_implementation")
-HEADER = (*CELL, "ours", "timm", "wrapper", "ours / timm", "ours / wrapper", "first call, ours and timm")
+CONTENDERS = ("ours", "timm", "wrapper", "stream")
+RATIOS = (("ours", "timm"), ("ours", "wrapper"), ("stream", "ours"))
+HEADER = (*CELL, *CONTENDERS, *(f"{one} / {other}" for one, other in RATIOS), "first call, ours and timm")
 
 
 def positive_int(text: str) -> int:
@@ -87,9 +91,9 @@ def format_value(values: list[float] | None, task: str) -> str:
     return f"{value / 1e6:,.0f} MB" if task == "memory" else f"{value * 1e3:,.1f} ms"
 
 
-def format_ratio(ours: list[float], theirs: list[float] | None) -> str:
-    """Our value divided by theirs in the same round: the median and, of several rounds, the quartiles."""
-    if not theirs:
+def format_ratio(ours: list[float] | None, theirs: list[float] | None) -> str:
+    """One value divided by another of the same round: the median and, of several rounds, the quartiles."""
+    if not ours or not theirs:
         return ""
     ratios = [our / their for our, their in zip(ours, theirs, strict=True)]
     if len(ratios) == 1:
@@ -101,12 +105,12 @@ def format_ratio(ours: list[float], theirs: list[float] | None) -> str:
 def format_row(record: dict[str, Any]) -> list[str]:
     row = [str(record[name] or "") for name in CELL]
     if "error" in record:
-        return [*row, f"failed: {record['error']}".replace("|", "/"), "", "", "", "", ""]
-    ours, timm, wrapper = (record["values"].get(name) for name in ("ours", "timm", "wrapper"))
-    row += [format_value(values, record["task"]) for values in (ours, timm, wrapper)]
+        return [*row, f"failed: {record['error']}".replace("|", "/"), *[""] * (len(HEADER) - len(row) - 1)]
+    values = record["values"]
+    row += [format_value(values.get(name), record["task"]) for name in CONTENDERS]
+    row += [format_ratio(values.get(one), values.get(other)) for one, other in RATIOS]
     first_calls = record.get("first_calls") or {}
-    first = ", ".join(f"{first_calls[name]:.1f} s" for name in ("ours", "timm") if name in first_calls)
-    return [*row, format_ratio(ours, timm), format_ratio(ours, wrapper), first]
+    return [*row, ", ".join(f"{first_calls[name]:.1f} s" for name in ("ours", "timm") if name in first_calls)]
 
 
 def format_report(results: dict[str, Any]) -> str:

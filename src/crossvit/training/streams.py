@@ -188,9 +188,12 @@ class StreamLoader:
 
 def pad(batch: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
     """Extends a batch to `length` images by images of zeros without a label."""
+    missing = length - len(batch["labels"])
+    if missing <= 0:
+        return batch
     padded = {}
     for name, values in batch.items():
-        shape = (max(length - len(values), 0), *values.shape[1:])
+        shape = (missing, *values.shape[1:])
         padded[name] = torch.cat([values, values.new_full(shape, -100 if name == "labels" else 0)])
     return padded
 
