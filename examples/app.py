@@ -34,7 +34,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import PUBLISHED, load_checkpoint, open_image, run
+from common import command_line
+from common.command_line import load_checkpoint, run_command
+from common.images import open_image
 
 
 if TYPE_CHECKING:
@@ -45,8 +47,9 @@ if TYPE_CHECKING:
 
 
 SCRIPT = Path(__file__)
+COMMON_FILES = ("command_line.py", "errors.py", "images.py")  # that this page imports
 MODEL_OF_SPACE = SCRIPT.with_name("model")
-DEFAULT_MODEL = str(MODEL_OF_SPACE) if MODEL_OF_SPACE.is_dir() else PUBLISHED
+DEFAULT_MODEL = str(MODEL_OF_SPACE) if MODEL_OF_SPACE.is_dir() else command_line.DEFAULT_MODEL
 MAX_PIXELS = 50_000_000  # of an upload; a small file can hold many
 CONCURRENT_VISITORS, WAITING_VISITORS = 4, 50
 # What is kept for visitors until later ones come, or for this time. With crossvit_15 it was 0.2 MB for each
@@ -276,8 +279,11 @@ def write_space(model: Any, processor: Any, name: str, license: dict[str, Any], 
     package = Path(crossvit.__file__).parent
     shutil.copytree(package, folder / "crossvit", ignore=shutil.ignore_patterns("__pycache__"))
     licenses = [file.locate() for file in importlib.metadata.files("crossvit") if file.name in ("LICENSE", "NOTICE")]
-    for file in (SCRIPT, SCRIPT.with_name("command_line.py"), *licenses):
+    for file in (SCRIPT, *licenses):
         shutil.copy(file, folder)
+    (folder / "common").mkdir()
+    for file in COMMON_FILES:
+        shutil.copy(SCRIPT.with_name("common") / file, folder / "common")
     model.save_pretrained(folder / MODEL_OF_SPACE.name)
     processor.save_pretrained(folder / MODEL_OF_SPACE.name)
     requirements = [line for line in importlib.metadata.requires("crossvit") if "extra ==" not in line]
@@ -334,4 +340,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

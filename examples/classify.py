@@ -26,7 +26,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import PUBLISHED, find_images, load_checkpoint, open_image, run
+from common.command_line import DEFAULT_MODEL, load_checkpoint, run_command
+from common.errors import CommandError
+from common.images import find_images, open_image
 
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ TOP = 5  # labels of each image
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
-    parser.add_argument("--model", default=PUBLISHED, help="folder or Hub id of a CrossViT; default: %(default)s")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="folder or Hub id of a CrossViT; default: %(default)s")
     parser.add_argument("--batch_size", type=int, default=16, help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="CSV file for the results; default: lines on the standard output")
     args = parser.parse_args()
@@ -50,8 +52,6 @@ def main() -> None:
     from torch.utils.data import IterableDataset
     from tqdm import tqdm
     from transformers import pipeline
-
-    from crossvit.training.errors import CommandError
 
     model, processor = load_checkpoint(args.model)
     files = dict.fromkeys(file for path in args.paths for file in (find_images(path) if path.is_dir() else [path]))
@@ -88,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

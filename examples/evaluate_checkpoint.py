@@ -25,16 +25,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command_line import load_checkpoint, make_parser, parse, run
+from common.command_line import load_checkpoint, make_parser, parse, run_command
+from common.data_sources import ImageSource
+from common.errors import CommandError
+from common.labelled_images import LabelledImages
+from common.metrics import SingleLabelMetric
+from common.streams import StreamTrainer
+from common.workflow import check_image_columns, transformed
 from transformers import TrainingArguments
 from transformers.utils import cached_file
 
 from crossvit.training.augmentation import Collator, EvaluationTransform
-from crossvit.training.data import ImageSource, LabelledImages
-from crossvit.training.errors import CommandError
-from crossvit.training.metrics import SingleLabelMetric
-from crossvit.training.run import check_image_columns, transformed
-from crossvit.training.streams import StreamTrainer
 
 
 VARIANTS = Path(__file__).parents[1] / "conversion" / "variants.json"
@@ -150,7 +151,7 @@ def main() -> None:
         model,
         training_args,
         data_collator=Collator(model.config.num_labels),
-        compute_metrics=metric.of_prediction,
+        compute_metrics=metric.compute_metrics,
         preprocess_logits_for_metrics=metric.reduce_logits,
     )
     transform = MatchedTransform(processor, images.image_columns, classes)
@@ -177,4 +178,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

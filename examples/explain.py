@@ -26,13 +26,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from command_line import PUBLISHED, load_checkpoint, open_image, run
+from common.command_line import DEFAULT_MODEL, load_checkpoint, run_command
+from common.images import open_image
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", metavar="image", help="image file, or one for each branch of the model")
-    parser.add_argument("--model", default=PUBLISHED, help="folder or Hub id of a CrossViT; default: %(default)s")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="folder or Hub id of a CrossViT; default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("outputs/explain.png"), help="default: %(default)s")
     args = parser.parse_args()
 
@@ -93,4 +94,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

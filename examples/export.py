@@ -36,7 +36,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import PUBLISHED, load_checkpoint, reason, run
+from common.command_line import DEFAULT_MODEL, load_checkpoint, run_command
+from common.errors import CommandError, one_line
 
 
 if TYPE_CHECKING:
@@ -56,10 +57,12 @@ def load_images(args: argparse.Namespace, config: Any, processor: Any) -> tuple[
     images are not those of the model.
     """
     import torch
+    from common.data_sources import ImageSource
+    from common.labelled_images import LabelledImages
+    from common.workflow import transformed
     from tqdm import tqdm
 
     from crossvit.training.augmentation import EvaluationTransform
-    from crossvit.training.data import ImageSource, LabelledImages
 
     loaded = LabelledImages.load(ImageSource(args.data, image_columns=args.image_columns))
     # With the default seed of finetune.py: a model that it trained on the same folder has not seen the held-out images
@@ -67,7 +70,7 @@ def load_images(args: argparse.Namespace, config: Any, processor: Any) -> tuple[
 
     def load(split: str, count: int) -> tuple[torch.Tensor, list[int]]:
         images = splits[split].shuffle(seed=0).select(range(min(count, len(splits[split]))))
-        rows = images.with_transform(EvaluationTransform(processor, loaded.image_columns))
+        rows = transformed(images, EvaluationTransform(processor, loaded.image_columns))
         pixel_values = [row["pixel_values"] for row in tqdm(rows, f"{split} images", leave=False)]
         return torch.stack(pixel_values), images["labels"]
 
@@ -219,7 +222,7 @@ def main() -> None:
     add = parser.add_argument
     add("--data", required=True, help="folder of images, or data set on the Hub, as for finetune.py")
     add("--image_columns", nargs="+", help="one for all branches or one for each; default: the only one")
-    add("--model", default=PUBLISHED, help="folder or Hub id; default: %(default)s")
+    add("--model", default=DEFAULT_MODEL, help="folder or Hub id; default: %(default)s")
     add("--output_dir", type=Path, default=Path("outputs/export"), help="new or empty; default: %(default)s")
     add("--formats", nargs="+", choices=FORMATS, default=FORMATS, help="default: all")
     add("--validation_fraction", type=float, default=0.1, help="of data without such a split; default: %(default)s")
@@ -232,8 +235,6 @@ def main() -> None:
 
     # After the options, as these imports take seconds
     import torch
-
-    from crossvit.training.errors import CommandError
 
     model, processor = load_checkpoint(args.model, dtype=torch.float32)
     calibration, test, labels = load_images(args, model.config, processor)
@@ -284,7 +285,7 @@ def main() -> None:
                 add_row("openvino bf16", load_program(name, folder, "bf16"), megabytes)
         except Exception as error:  # of many types: missing packages, and what exporters and engines cannot do
             shutil.rmtree(folder, ignore_errors=True)
-            failed[name] = reason(error)
+            failed[name] = one_line(error)
             add_line(f"{name:16}  not exported: {failed[name]}")
 
     add_line(f"{len(test):,} test images, {torch.get_num_threads()} threads")
@@ -303,4 +304,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

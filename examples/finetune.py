@@ -36,17 +36,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command_line import load_checkpoint, load_config, make_parser, parse, run
+from common.command_line import load_checkpoint, load_config, make_parser, parse, run_command
+from common.errors import CommandError
+from common.labelled_images import DataArguments, LabelledImages
+from common.workflow import TRAINING_DEFAULTS, make_trainer, prepare_images, save_and_evaluate, train
 from peft import LoraConfig, get_peft_model
 from transformers import TrainingArguments
 
 from crossvit import CrossViTForImageClassification
 from crossvit.training.augmentation import AugmentationArguments
-from crossvit.training.data import DataArguments, LabelledImages
-from crossvit.training.errors import CommandError
-from crossvit.training.guided_attention import GuidanceArguments
 from crossvit.training.image_sizes import set_image_size
-from crossvit.training.run import TRAINING_DEFAULTS, finish, make_trainer, prepare_images, train
 
 
 DEFAULTS = {
@@ -91,6 +90,27 @@ class ModelArguments:
             raise ValueError(f"--image_size {self.image_size}: give pixels as 224 or, height first, as 256x128")
         if self.lora_rank < 0:
             raise ValueError(f"--lora_rank {self.lora_rank}: must be 0 or more")
+
+
+@dataclass
+class GuidanceArguments:
+    """Guided attention."""
+
+    mask_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of masks: images, white where the object is. Their overlap with attention is reported."
+        },
+    )
+    mask_weight: float = field(
+        default=0.0, metadata={"help": "Weight of a loss that draws the attention to the masks, such as 0.1."}
+    )
+
+    def __post_init__(self):
+        if not self.mask_weight >= 0:
+            raise ValueError(f"--mask_weight {self.mask_weight}: must be 0 or more")
+        if self.mask_weight and not self.mask_column:
+            raise ValueError(f"--mask_weight {self.mask_weight}: needs --mask_column, the column of the masks")
 
 
 def make_model(args: ModelArguments, images: LabelledImages, pretrained: Any, config: Any, processor: Any) -> Any:
@@ -145,8 +165,8 @@ def main() -> None:
             model.get_base_model().config.save_pretrained(adapter)
             processor.save_pretrained(adapter)
         trainer.model = trainer.model_wrapped = model.merge_and_unload()
-    finish(trainer, images, data)
+    save_and_evaluate(trainer, images, data)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Gives each branch its own image and guides attention with masks, using the stock Trainer, and draws the difference.
+"""Gives each branch its own image, guides attention with masks, and draws the difference.
 
     python examples/guided_attention.py
 
@@ -24,7 +24,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import run
+from common.command_line import run_command
 
 
 if TYPE_CHECKING:
@@ -82,18 +82,10 @@ def train(weight: float, args: argparse.Namespace) -> tuple[Any, Any]:
     import torch
     from sklearn.metrics import accuracy_score
     from torchvision.transforms.v2 import functional as tvF
-    from transformers import Trainer, TrainingArguments, set_seed
+    from transformers import TrainingArguments, set_seed
 
     from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
-    from crossvit.interpretability import attention_iou, attention_rollout
-
-    class GuidedTrainer(Trainer):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            masks = inputs.pop("masks")
-            outputs = model(**inputs, output_attentions=True)
-            iou = attention_iou(attention_rollout(outputs, model.config), masks, model.config)
-            loss = outputs.loss + weight * (1 - iou).mean()
-            return (loss, {"logits": outputs.logits, "iou": iou}) if return_outputs else loss
+    from crossvit.training.guided_attention import GuidedAttentionTrainer
 
     torch.set_num_threads(1)  # such a small model gains little from more threads
     set_seed(args.seed)
@@ -114,7 +106,6 @@ def train(weight: float, args: argparse.Namespace) -> tuple[Any, Any]:
         label2id={name: label for label, name in enumerate(SHAPES)},
     )
     model = CrossViTForImageClassification(config)
-    model.set_attn_implementation("eager")  # the other implementations return no attention weights
 
     def prepare(number: int, seed: int) -> list[dict[str, Any]]:
         scenes, labels = draw_scenes(number, seed)
@@ -122,13 +113,12 @@ def train(weight: float, args: argparse.Namespace) -> tuple[Any, Any]:
         pixel_values = processor(images, return_tensors="pt")["pixel_values"]
         masks = [tvF.to_image(mask)[0] / 255 for _, _, mask in scenes]
         columns = zip(pixel_values, masks, labels)
-        return [{"pixel_values": images, "masks": mask, "labels": label} for images, mask, label in columns]
+        return [{"pixel_values": images, "mask": mask, "labels": label} for images, mask, label in columns]
 
     def measure(prediction: Any) -> dict[str, float]:
-        logits, iou = prediction.predictions
-        return {"accuracy": accuracy_score(prediction.label_ids, logits.argmax(axis=1)), "iou": iou.mean()}
+        return {"accuracy": accuracy_score(prediction.label_ids, prediction.predictions.argmax(axis=1))}
 
-    trainer = GuidedTrainer(
+    trainer = GuidedAttentionTrainer(
         model,
         TrainingArguments(
             output_dir=str(args.output),
@@ -149,6 +139,7 @@ def train(weight: float, args: argparse.Namespace) -> tuple[Any, Any]:
         train_dataset=prepare(args.images, seed=0),
         eval_dataset=prepare(500, seed=1),
         compute_metrics=measure,
+        mask_weight=weight,
     )
     print(f"Training on {args.images} images, weight of the masks {weight:g} ...", flush=True)
     trainer.train()
@@ -191,4 +182,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

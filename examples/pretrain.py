@@ -35,16 +35,16 @@ import datasets
 import numpy as np
 import PIL.Image
 import torch
-from command_line import load_config, make_parser, parse, run
+from common.command_line import load_config, make_parser, parse, run_command
+from common.errors import CommandError
+from common.labelled_images import DataArguments, LabelledImages
+from common.workflow import TRAINING_DEFAULTS, make_trainer, prepare_images, save_and_evaluate, train, transformed
 from tqdm import tqdm
 from transformers import TrainingArguments
 
 from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
 from crossvit.training.augmentation import AugmentationArguments, Collator, TrainingTransform
-from crossvit.training.data import DataArguments, LabelledImages
-from crossvit.training.errors import CommandError
 from crossvit.training.learning_rates import cosine_by_epoch
-from crossvit.training.run import TRAINING_DEFAULTS, finish, make_trainer, prepare_images, train, transformed
 
 
 VARIANTS = Path(__file__).parents[1] / "conversion" / "variants.json"
@@ -256,8 +256,8 @@ def main() -> None:
         model, processor, images, data, augmentation, args, drop_incomplete_step=True, learning_rate_schedule=schedule
     )
     train(trainer, images)
-    finish(trainer, images, data)
+    save_and_evaluate(trainer, images, data)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -29,7 +29,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import load_checkpoint, open_image, run
+from common.command_line import load_checkpoint, run_command
+from common.errors import CommandError
+from common.images import open_image
 
 
 if TYPE_CHECKING:
@@ -138,7 +140,6 @@ def classify(model_name: str, paths: list[str], output: Path) -> None:
 
     from crossvit.interpretability import AttentionMaps, Picture, Scores, draw_attention, draw_rows
     from crossvit.interpretability.plotting import ORANGE
-    from crossvit.training.errors import CommandError
 
     images, labels = [open_image(path) for path in paths], [None] * len(paths)
     model, processor = load_checkpoint(model_name)
@@ -204,4 +205,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -27,7 +27,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line import PUBLISHED, find_images, load_checkpoint, open_image, run
+from common.command_line import DEFAULT_MODEL, load_checkpoint, run_command
+from common.errors import CommandError
+from common.images import find_images, open_image
 
 
 if TYPE_CHECKING:
@@ -52,8 +54,6 @@ def embed_files(paths: list[str], model: Any, processor: Any, batch_size: int) -
     """The paths and embeddings of the image files that can be read; the others are named."""
     import datasets
     from datasets.fingerprint import Hasher
-
-    from crossvit.training.errors import CommandError
 
     def embed_batch(batch: dict[str, list[str]]) -> dict[str, list]:
         readable, images = [], []
@@ -85,7 +85,7 @@ def embed_files(paths: list[str], model: Any, processor: Any, batch_size: int) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="images to search")
-    parser.add_argument("--model", default=PUBLISHED, help="folder or Hub id of a CrossViT; default: %(default)s")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="folder or Hub id of a CrossViT; default: %(default)s")
     parser.add_argument("--query", nargs="+", default=[], metavar="FILE", help="default: images of the folder")
     parser.add_argument("--nearest", type=int, default=5, metavar="K", help="images to find; default: %(default)s")
     parser.add_argument("--batch_size", type=int, default=32, help="default: %(default)s")
@@ -100,7 +100,6 @@ def main() -> None:
 
     from crossvit.interpretability import Picture, draw_rows
     from crossvit.interpretability.plotting import BLUE, ORANGE
-    from crossvit.training.errors import CommandError
 
     files = {path.resolve(): str(path) for path in find_images(args.data)}  # once, even if links lead to them
     queries = [open_image(path) for path in args.query]
@@ -162,4 +161,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

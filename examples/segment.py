@@ -23,7 +23,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from command_line import run
+from common.command_line import run_command
 
 
 LABELS = ["background", "circle", "square", "triangle"]
@@ -160,4 +160,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

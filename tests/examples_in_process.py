@@ -1,6 +1,5 @@
 """The commands of examples/ with small models, in this process and in others."""
 
-import itertools
 import json
 import multiprocessing
 import os
@@ -33,7 +32,7 @@ def run_main(name: str, *arguments: object) -> None:
     """Runs a command as its users do, but for the process: it ends by `SystemExit` where it fails."""
     sys.argv = [f"{name}.py", *map(str, arguments)]
     command: dict[str, Any] = runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name=f"example_{name}")
-    command["run"](command["main"])
+    command["run_command"](command["main"])
 
 
 def history(folder: Path, key: str) -> list[float]:
@@ -48,20 +47,16 @@ def results(folder: Path, split: str = "validation") -> dict[str, float]:
     return json.loads((folder / f"{split}_results.json").read_text())
 
 
-def run_killed(event: int, name: str, *arguments: object) -> None:
-    """Runs a command in this process, which is killed as by `kill -9` at that change of its output, counted from 1."""
-    output = str(arguments[arguments.index("--output_dir") + 1])
-    count = itertools.count(1)
+def run_killed(file: str | None, name: str, *arguments: object) -> None:
+    """Runs a command in this process, killed as by `kill -9` when it starts to write that file of its output."""
+    killed_at = file and os.path.join(str(arguments[arguments.index("--output_dir") + 1]), file)
 
-    def kill_at_event(what: str, args: tuple[Any, ...]) -> None:
-        changes = what in ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "shutil.rmtree")
-        if what == "open" and isinstance(args[1], str):
-            changes = not args[1].startswith("r")
-        if changes and str(args[0]).startswith(output) and next(count) == event:
+    def kill_at_file(event: str, args: tuple[Any, ...]) -> None:
+        if event == "open" and str(args[0]) == killed_at and not str(args[1]).startswith("r"):
             os.kill(os.getpid(), signal.SIGKILL)
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(1, 2)
     multiprocessing.set_start_method("fork", force=True)  # for workers, as in a process that a shell has started
-    sys.addaudithook(kill_at_event)
+    sys.addaudithook(kill_at_file)
     run_main(name, *arguments)

@@ -27,11 +27,6 @@ def encoded(image: PIL.Image.Image, format: str = "PNG", **options) -> bytes:
     return content.getvalue()
 
 
-def undecoded(image: PIL.Image.Image) -> dict[str, Any]:
-    """An image in a row of `datasets` that is not decoded."""
-    return {"bytes": encoded(image), "path": None}
-
-
 def write_files(folder: Path, files: dict[str, bytes]) -> Path:
     """Writes files by their paths in a folder; returns the folder."""
     for name, content in files.items():

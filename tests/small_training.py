@@ -1,7 +1,8 @@
-"""Small training runs on the CPU: arguments of the Trainer and a metric."""
+"""Small training runs on the CPU: images, arguments of the Trainer and a metric."""
 
 from pathlib import Path
 
+import torch
 from transformers import EvalPrediction, TrainingArguments
 
 
@@ -17,3 +18,7 @@ def arguments(folder: Path, **options) -> TrainingArguments:
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": (prediction.predictions.argmax(-1) == prediction.label_ids).mean().item()}
+
+
+def images_of(labels) -> list[dict]:
+    return [{"pixel_values": torch.randn(3, 36, 36), "labels": label} for label in labels]

@@ -1,5 +1,6 @@
 """The web page, in a headless Chromium."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,8 @@ import sklearn.datasets
 from examples_in_process import EXAMPLES
 from huggingface_hub import SpaceCard
 from image_folders import image_bytes
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
 
@@ -53,12 +57,12 @@ def serve(tmp_path):
     """Starts the page and returns its address and process."""
     processes = []
 
-    def start(script: Path, *arguments) -> tuple[str, subprocess.Popen]:
+    def start(script: Path, *arguments, **environment) -> tuple[str, subprocess.Popen]:
         (tmp_path / "uploads").mkdir(exist_ok=True)
         process = subprocess.Popen(
             [sys.executable, script, *map(str, arguments)],
             cwd=tmp_path,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "GRADIO_TEMP_DIR": str(tmp_path / "uploads")},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "GRADIO_TEMP_DIR": str(tmp_path / "uploads"), **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -262,13 +266,35 @@ def test_concurrent_visitors_see_their_own_images(serve, browser, checkpoint, im
         page.close()
 
 
+def closure(requirements: list[str]) -> set[str]:
+    """The installed distributions that requirements bring, by their canonical names."""
+    found: set[str] = set()
+    waiting = [Requirement(text) for text in requirements]
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        if name in found:
+            continue
+        try:
+            dependencies = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:  # of another platform
+            continue
+        found.add(name)
+        for text in dependencies:
+            dependency = Requirement(text)
+            marker, extras = dependency.marker, ("", *requirement.extras)
+            if marker is None or any(marker.evaluate({"extra": extra}) for extra in extras):
+                waiting.append(dependency)
+    return found
+
+
 @pytest.mark.parametrize("small_config", [1], indirect=True, ids=["one stage"])
 def test_space_needs_only_its_folder(serve, browser, example, failure, checkpoint, images, tmp_path):
     space = tmp_path / "space"
     assert str(space) in example("app", "--model", checkpoint, "--space", space)[0]
     names = {path.name for path in space.iterdir()}
     assert names == {
-        "LICENSE", "NOTICE", "README.md", "app.py", "command_line.py", "crossvit", "model", "requirements.txt"
+        "LICENSE", "NOTICE", "README.md", "app.py", "common", "crossvit", "model", "requirements.txt"
     }  # fmt: skip
     for name in ("LICENSE", "NOTICE"):
         assert (space / name).read_text() == (EXAMPLES.parent / name).read_text()
@@ -278,7 +304,16 @@ def test_space_needs_only_its_folder(serve, browser, example, failure, checkpoin
     assert "transformers<6,>=5." in requirements and "extra" not in requirements and "matplotlib" in requirements
     shutil.rmtree(checkpoint)
 
-    address, _ = serve(space / "app.py")
+    # With the packages that the requirements and Gradio bring, and no others
+    brought = {"crossvit", *closure(["gradio", *requirements.splitlines()])}
+    blocked = [
+        name for name, owners in packages_distributions().items() if brought.isdisjoint(map(canonicalize_name, owners))
+    ]
+    assert {"datasets", "timm"} <= set(blocked)
+    (tmp_path / "site").mkdir()
+    lines = ["import sys", *(f"sys.modules[{name!r}] = None" for name in blocked)]
+    (tmp_path / "site" / "sitecustomize.py").write_text("\n".join(lines))
+    address, _ = serve(space / "app.py", PYTHONPATH=str(tmp_path / "site"))
     page = open_page(browser, address)
     upload(page, images[0])
     assert len(sources(page)) == 6

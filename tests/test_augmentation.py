@@ -10,7 +10,6 @@ import pytest
 import timm.data
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from image_folders import undecoded
 from torchvision.transforms import v2
 
 from crossvit import CrossViTImageProcessor
@@ -60,7 +59,7 @@ def test_wrong_options_are_named(options):
 @pytest.mark.parametrize("size", [(20, 20), (1, 1), (3, 200), (61, 47)], ids=str)
 def test_all_images_get_the_size_of_the_model(options, size):
     transform = pickle.loads(pickle.dumps(TrainingTransform(AugmentationArguments(**options), processor_of(12, 24))))
-    rows = transform({"image": [undecoded(noise(size))] * 4, "labels": [0, 1, 2, 0]})
+    rows = transform({"image": [noise(size)] * 4, "labels": [0, 1, 2, 0]})
     batch = Collator(3)([dict(zip(rows, row)) for row in zip(*rows.values())])
     assert batch["pixel_values"].shape == (4, 3, 12, 24) and batch["pixel_values"].dtype == torch.float32
     assert batch["pixel_values"].isfinite().all() and batch["labels"].tolist() == [0, 1, 2, 0]
@@ -90,13 +89,13 @@ def test_augmentation_at_full_strength():
     """timm's posterization keeps no bits then, which newer releases of Pillow refuse."""
     transform = TrainingTransform(AugmentationArguments(auto_augment="rand-m10-n30-inc1"), processor_of())
     for _ in range(5):  # 150 operations, one in 15 of them this one
-        transform({"image": [undecoded(noise())], "labels": [0]})
+        transform({"image": [noise()], "labels": [0]})
 
 
 def test_whole_images_are_resized_and_normalized():
     args = AugmentationArguments(crop_scale=[1.0, 1.0], horizontal_flip=0.0)
     image = noise((30, 20))
-    rows = {"image": [undecoded(image)], "labels": [0]}
+    rows = {"image": [image], "labels": [0]}
     (found,) = TrainingTransform(args, processor_of(12, 24))(rows)["pixel_values"]
     expected = v2.functional.pil_to_tensor(image.resize((24, 12), PIL.Image.Resampling.BICUBIC)) / 255
     mean, std = torch.tensor([[0.1, 0.4, 0.7], [0.229, 0.224, 0.225]])[..., None, None]
@@ -106,7 +105,7 @@ def test_whole_images_are_resized_and_normalized():
 
 def test_an_empty_policy_changes_nothing():
     options: dict[str, Any] = {"crop_scale": [1.0, 1.0], "horizontal_flip": 0.0}
-    rows = {"image": [undecoded(noise((30, 20)))], "labels": [0]}
+    rows = {"image": [noise((30, 20))], "labels": [0]}
     plain, augmented = (
         TrainingTransform(AugmentationArguments(**options, auto_augment=policy), processor_of())(rows)["pixel_values"]
         for policy in (None, "rand-m9-n0")
@@ -132,7 +131,7 @@ def test_all_images_of_a_row_and_its_mask_are_moved_alike():
     # The second image is smaller, and the mask is the column of a pixel
     mask = ramp((128, 128)).getchannel("R")
     images = {"photo": ramp(), "scan": ramp((32, 32)), "mask": mask}
-    rows = transform({**{column: [undecoded(image)] * 20 for column, image in images.items()}, "labels": [0] * 20})
+    rows = transform({**{column: [image] * 20 for column, image in images.items()}, "labels": [0] * 20})
     batch = Collator(2)([dict(zip(rows, row)) for row in zip(*rows.values())])
     assert batch["pixel_values"].shape == (20, 2, 3, 24, 24) and batch["mask"].shape == (20, 24, 24)
     photos, scans = unnormalized(batch["pixel_values"]).unbind(dim=1)
@@ -144,7 +143,7 @@ def test_all_images_of_a_row_and_its_mask_are_moved_alike():
 
 
 def test_colors_and_erased_rectangles_are_those_of_each_image():
-    images = [undecoded(PIL.Image.new("RGB", (24, 24), (100, 150, 200)))] * 8
+    images = [PIL.Image.new("RGB", (24, 24), (100, 150, 200))] * 8
     columns, rows = ["photo", "scan"], {"photo": images, "scan": images, "mask": images, "labels": [0] * 8}
 
     def augmented(**options) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -175,7 +174,6 @@ def test_images_and_masks_are_evaluated_by_the_processor(columns):
     for mask in masks:
         mask.paste(1, (0, 0, 15, 60))
     rows = {"photo": photos, "scan": scans, "mask": masks}
-    rows = {column: [undecoded(image) for image in images] for column, images in rows.items()}
     found = EvaluationTransform(processor_of(), columns, "mask")({**rows, "labels": [1, 2]})
     expected = processor_of()(photos if columns == ["photo"] else list(zip(photos, scans)), return_tensors="pt")
     assert torch.equal(torch.stack(found["pixel_values"]), expected["pixel_values"]) and found["labels"] == [1, 2]

@@ -12,15 +12,16 @@ import numpy as np
 import PIL.features
 import PIL.Image
 import pytest
+from common.data_sources import ImageSource
+from common.errors import CommandError
+from common.images import decode_image
+from common.labelled_images import LabelledImages
+from common.workflow import transformed
 from image_folders import CLASSES, encoded, image_bytes, image_rows, write_files, write_images, write_pairs, write_rows
 from torch.utils.data import DataLoader
 
 from crossvit import CrossViTImageProcessor
 from crossvit.training.augmentation import AugmentationArguments, EvaluationTransform, TrainingTransform
-from crossvit.training.data import ImageSource, LabelledImages
-from crossvit.training.errors import CommandError
-from crossvit.training.images import decode_image
-from crossvit.training.run import transformed
 
 
 LABELS = [0, 1, 2] * 4

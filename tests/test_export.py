@@ -11,12 +11,12 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from common.images import decode_image
+from common.labelled_images import DataArguments, LabelledImages
 from examples_in_process import EXAMPLES
 from transformers import TrainingArguments
 
 from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
-from crossvit.training.data import DataArguments, LabelledImages
-from crossvit.training.images import decode_image
 
 
 exporters = pytest.importorskip("transformers.exporters")

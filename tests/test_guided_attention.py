@@ -6,6 +6,8 @@ import PIL.Image
 import pytest
 import torch
 import transformers
+from common.data_sources import ImageSource
+from common.labelled_images import LabelledImages
 from examples_in_process import EXAMPLES, history, results
 from image_folders import encoded, write_rows
 from safetensors.torch import load_file
@@ -14,7 +16,6 @@ from test_distributed_training import assert_same_weights, torchrun
 
 from crossvit import CrossViTConfig, CrossViTForImageClassification
 from crossvit.interpretability.rollout import attention_iou, attention_rollout
-from crossvit.training.data import ImageSource, LabelledImages
 from crossvit.training.guided_attention import GuidedAttentionTrainer
 
 
@@ -146,7 +147,7 @@ def test_guidance_needs_the_gradient_of_the_attention(small_config, tmp_path):
 
     train(1.0, reentrant=False)
     train(0.0, reentrant=True)  # which only reports
-    with pytest.raises(ValueError, match=r"""--activation_checkpointing_kwargs '\{"use_reentrant": false\}'"""):
+    with pytest.raises(ValueError, match=r'`activation_checkpointing_kwargs` to \{"use_reentrant": False\}'):
         train(1.0, reentrant=True)
 
 

@@ -1,18 +1,21 @@
-"""Image files are decoded as `datasets` does it, but only formats of photos, and errors name the file."""
+"""Image files are found, and decoded as `datasets` does it, but only formats of photos; errors name the file."""
 
 import io
+import os
 import zipfile
 
 import datasets
 import fsspec
 import numpy as np
+import PIL.EpsImagePlugin
 import PIL.features
 import PIL.Image
 import pytest
-from image_folders import encoded, image_bytes
-
-from crossvit.training.errors import CommandError
-from crossvit.training.images import decode_image, open_image
+from common.data_sources import ImageSource
+from common.errors import CommandError
+from common.images import IMAGE_FORMATS, decode_image, find_images, open_image
+from common.labelled_images import LabelledImages
+from image_folders import encoded, image_bytes, write_files, write_images
 
 
 def photo(mode: str = "RGB", size: tuple[int, int] = (21, 13)) -> PIL.Image.Image:
@@ -102,3 +105,71 @@ def test_missing_images_are_named(tmp_path):
     for row in (None, {"bytes": None, "path": None}):
         with pytest.raises(CommandError, match="an image is missing"):
             decode_image(row)
+
+
+@pytest.fixture
+def no_ghostscript(monkeypatch):
+    def fail(*args, **kwargs):
+        pytest.fail("Ghostscript is started")
+
+    monkeypatch.setattr(PIL.EpsImagePlugin, "Ghostscript", fail)
+
+
+def test_images_are_upright_and_rgb(tmp_path):
+    image = PIL.Image.new("LA", (8, 4), (100, 0))
+    exif = image.getexif()
+    exif[0x0112] = 6  # taken with a turned camera
+    image.save(tmp_path / "turned.png", exif=exif)
+    opened = open_image(tmp_path / "turned.png")
+    assert opened.mode == "RGB" and opened.size == (4, 8) and opened.getpixel((0, 0)) == (100, 100, 100)
+
+
+@pytest.mark.parametrize("format", IMAGE_FORMATS)
+def test_formats_of_photos_are_read(tmp_path, format):
+    PIL.Image.init()
+    if format not in PIL.Image.SAVE:
+        pytest.skip("a version of Pillow without this format")
+    suffix = next(suffix for suffix, name in PIL.Image.registered_extensions().items() if name == format)
+    PIL.Image.new("RGB", (8, 4), (200, 100, 50)).save(tmp_path / f"photo{suffix.upper()}", format)
+    assert find_images(tmp_path) == [tmp_path / f"photo{suffix.upper()}"]
+    assert open_image(tmp_path / f"photo{suffix.upper()}").size == (8, 4)
+
+
+@pytest.mark.parametrize("name", ["poster.eps", "poster.png"])
+def test_ghostscript_is_not_started(no_ghostscript, tmp_path, name):
+    write_files(write_images(tmp_path), {f"ant/{name}": image_bytes(format="EPS")})
+    with pytest.raises(CommandError, match=rf"{name}: not an image of the formats JPEG, PNG, .*GIF, PPM$"):
+        open_image(tmp_path / "ant" / name)
+    with pytest.raises(CommandError, match=rf"1 of 13 images of 'train' cannot be read: .*{name}: not an image of"):
+        LabelledImages.load(ImageSource(str(tmp_path))).check_images()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_ghostscript_is_not_started_where_images_are_not_checked(no_ghostscript, tmp_path, streaming):
+    write_files(tmp_path, {f"{name}/poster.png": image_bytes(format="EPS") for name in ("ant", "bee")})
+    rows = LabelledImages.load(ImageSource(str(tmp_path), streaming=streaming)).splits["train"]
+    with pytest.raises(CommandError, match=r"poster\.png: not an image of"):
+        decode_image(next(iter(rows))["image"])
+
+
+def test_too_many_pixels_are_refused(monkeypatch, tmp_path):
+    write_files(tmp_path, {"large.png": image_bytes(size=(64, 64))})
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 64 * 64 // 2 - 1)
+    with pytest.raises(CommandError, match=r"large\.png: .*decompression bomb"):
+        open_image(tmp_path / "large.png")
+
+
+def test_images_of_a_folder(tmp_path):
+    names = ("b.JPG", "a/c.png", "a/b/d.webp", ".hidden/e.png", "a/._c.png", "poster.eps", "notes.txt")
+    write_files(tmp_path, dict.fromkeys(names, b""))
+    assert find_images(tmp_path) == [tmp_path / "a" / "b" / "d.webp", tmp_path / "a" / "c.png", tmp_path / "b.JPG"]
+
+
+def test_what_is_not_a_regular_file_is_skipped(tmp_path):
+    """Reading a named pipe would wait for ever."""
+    os.mkfifo(tmp_path / "pipe.png")
+    write_files(tmp_path, {"a.png": b""})
+    assert find_images(tmp_path) == [tmp_path / "a.png"]
+    for path in (tmp_path / "pipe.png", tmp_path):
+        with pytest.raises(CommandError, match=f"{path}: not a file"):
+            open_image(path)

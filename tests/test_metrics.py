@@ -4,10 +4,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from common.metrics import MultiLabelMetric, SingleLabelMetric, save_confusion_matrix
 from transformers import EvalPrediction
 from transformers.trainer_utils import PredictionOutput
-
-from crossvit.training.metrics import MultiLabelMetric, SingleLabelMetric, save_confusion_matrix
 
 
 def test_accuracy_and_f1_by_hand():
@@ -23,15 +22,15 @@ def test_accuracy_and_f1_by_hand():
     assert metric.compute() == pytest.approx(expected)
     # An image without a label
     ignored = EvalPrediction(np.array([[0], [1], [0], [2], [0]]), np.array([0, 1, 1, 2, -100]))
-    assert metric.of_prediction(ignored) == pytest.approx(expected)
+    assert metric.compute_metrics(ignored) == pytest.approx(expected)
 
 
 def test_top_5_needs_more_than_five_classes():
     metric = SingleLabelMetric()
     logits = torch.arange(6.0).expand(4, 6)
-    found = metric.of_prediction(EvalPrediction(metric.reduce_logits(logits).numpy(), np.array([5, 1, 0, 0])))
+    found = metric.compute_metrics(EvalPrediction(metric.reduce_logits(logits).numpy(), np.array([5, 1, 0, 0])))
     assert found["accuracy"] == 0.25 and found["top5_accuracy"] == 0.5
-    five = metric.of_prediction(EvalPrediction(metric.reduce_logits(logits[:, :5]).numpy(), np.array([4, 1, 0, 0])))
+    five = metric.compute_metrics(EvalPrediction(metric.reduce_logits(logits[:, :5]).numpy(), np.array([4, 1, 0, 0])))
     assert five.keys() == {"accuracy", "f1"}
 
 
@@ -41,7 +40,7 @@ def test_many_labels_by_hand():
     metric = MultiLabelMetric()
     predicted = metric.reduce_logits(logits, labels)
     assert predicted.tolist() == [[1, 0, 1], [0, 0, 0], [1, 1, 0]]
-    found = metric.of_prediction(EvalPrediction(predicted.numpy(), labels.numpy()))
+    found = metric.compute_metrics(EvalPrediction(predicted.numpy(), labels.numpy()))
     expected = {"label_accuracy": 8 / 9, "exact_match": 2 / 3, "f1": (4 / 5 + 1 + 1) / 3, "micro_f1": 8 / 9}
     assert found == pytest.approx(expected)
 

@@ -7,6 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from common.metrics import SingleLabelMetric
 from examples_in_process import EXAMPLES, history, results
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -16,8 +17,6 @@ from timm_reference import authors_learning_rates
 from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
 from crossvit.modeling_crossvit import CrossViTImageClassifierOutput
 from crossvit.training.augmentation import TrainingTransform
-from crossvit.training.images import decode_image
-from crossvit.training.metrics import SingleLabelMetric
 
 
 TINY = ["--use_cpu", "--disable_tqdm", "true", "--report_to", "none", "--logging_steps", "1"]
@@ -67,7 +66,7 @@ def test_the_last_weights_are_saved_and_the_best_checkpoint_is_kept(
     example, options, tmp_path, monkeypatch, load_best
 ):
     accuracies = iter([0.2, 0.9, 0.4, 0.5, 0.0])  # of the four epochs and the end
-    monkeypatch.setattr(SingleLabelMetric, "of_prediction", lambda *args: {"accuracy": next(accuracies)})
+    monkeypatch.setattr(SingleLabelMetric, "compute_metrics", lambda *args: {"accuracy": next(accuracies)})
     best = ["--load_best_model_at_end", "true"] if load_best else []
     example("pretrain", *options, "--num_train_epochs", "4", "--warmup_steps", "0", *best)
     out = tmp_path / "out"
@@ -125,8 +124,9 @@ def test_the_plan_is_worked_out_from_what_was_measured(example, zoo, monkeypatch
     def read_and_augment(self, rows):
         nonlocal now
         now += 0.1 * len(rows["labels"])
-        read.extend(decode_image(image).size for image in rows["image"])
-        return transform(self, rows)
+        images = list(rows["image"])
+        read.extend(image.size for image in images)
+        return transform(self, {**rows, "image": images})
 
     monkeypatch.setattr(torch.accelerator, "is_available", lambda *args: False)
     monkeypatch.setattr(time, "perf_counter", lambda: now)

@@ -9,12 +9,11 @@ import datasets
 import fsspec
 import PIL.features
 import pytest
+from common.errors import CommandError
 from examples_in_process import results
 from image_folders import CLASSES, image_bytes, image_rows, samples, write_files, write_images, write_shard
 from test_data import SOME_OF, STRING, contents, load, refused, save
 from transformers import AutoConfig
-
-from crossvit.training.errors import CommandError
 
 
 SPLITS = {"train": [0, 1, 2, 2, 1, 0, 1], "validation": [2, 1, 0]}

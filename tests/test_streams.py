@@ -9,11 +9,13 @@ import PIL.ImageFile
 import pytest
 import torch
 from accelerate.utils import recursively_apply
+from common.data_sources import ImageSource
+from common.images import DecodedImages
+from common.labelled_images import LabelledImages
+from common.streams import ImageStream, StreamLoader
 
 from crossvit import CrossViTImageProcessor
 from crossvit.training.augmentation import AugmentationArguments, TrainingTransform
-from crossvit.training.data import ImageSource, LabelledImages
-from crossvit.training.streams import ImageStream, StreamLoader
 
 
 class Process:
@@ -205,7 +207,7 @@ def test_images_are_decoded_once_and_not_encoded(zoo, monkeypatch, processes):
         return load(image)
 
     images = LabelledImages.load(ImageSource(str(zoo), streaming=True))
-    transform = TrainingTransform(AugmentationArguments(), CrossViTImageProcessor())
+    transform = DecodedImages(TrainingTransform(AugmentationArguments(), CrossViTImageProcessor()))
     monkeypatch.setattr(PIL.ImageFile.ImageFile, "load", count)
     monkeypatch.setattr(PIL.Image.Image, "save", None)
     for index in range(processes):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 VARIANTS_FILE = Path(__file__).parents[2] / "conversion" / "variants.json"
 VARIANTS = {variant["name"]: variant for variant in json.loads(VARIANTS_FILE.read_text(encoding="utf-8"))}
 TASKS = ("inference", "training", "memory", "preprocessing", "reading", "streaming", "loading", "pipeline")
@@ -133,8 +134,10 @@ def write_results(results: dict[str, Any], output: Path) -> None:
         incomplete.replace(output / name)  # Whenever the run is ended, one version of the file is whole
 
 
-def run(args: argparse.Namespace) -> int:
+def run_cells(args: argparse.Namespace) -> int:
     import torch
+
+    sys.path.append(str(EXAMPLES))  # images are read as by the commands
     from measuring import Cell, describe_machine, measure
 
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -160,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
 def main() -> int:
     args = parse_arguments()
     try:
-        return run(args)
+        return run_cells(args)
     except KeyboardInterrupt:
         print(f"interrupted: the cells measured so far are in {args.output}", file=sys.stderr)
         return 130

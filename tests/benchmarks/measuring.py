@@ -23,6 +23,10 @@ import timm
 import torch
 import transformers
 from accelerate import Accelerator
+from common.data_sources import ImageSource
+from common.labelled_images import LabelledImages
+from common.streams import StreamLoader
+from common.workflow import transformed
 from safetensors.torch import save_file
 from timm.data import ImageDataset, create_transform, resolve_data_config
 from torch.nn.functional import cross_entropy
@@ -40,8 +44,6 @@ from crossvit.training.augmentation import (
     TrainingTransform,
     timm_policy,
 )
-from crossvit.training.data import ImageSource, LabelledImages
-from crossvit.training.streams import ImageStream, StreamLoader
 
 
 Step = Callable[[], Any]
@@ -234,7 +236,7 @@ def make_reading_steps(cell: Cell) -> dict[str, Step]:
             persistent_workers=bool(worker),
         )
 
-    our_loader = make_loader(split.with_transform(ours), Collator(CLASSES))
+    our_loader = make_loader(transformed(split, ours), Collator(CLASSES))
     timm_loader = make_loader(ImageDataset(folder, transform=theirs))
     return {"ours": lambda: next(iter(our_loader))["pixel_values"], "timm": lambda: next(iter(timm_loader))[0]}
 
@@ -259,10 +261,14 @@ def make_streaming_steps(cell: Cell, folder: Path) -> dict[str, Step]:
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
     loaders = {
         "ours": DataLoader(
-            images.with_transform(transform), cell.batch_size, shuffle=True, collate_fn=collate, **options
+            transformed(images, transform), cell.batch_size, shuffle=True, collate_fn=collate, **options
         ),
         "stream": StreamLoader(
-            ImageStream(stream, transform, READ_IMAGES), Accelerator(cpu=True), cell.batch_size, collate, **options
+            transformed(stream, transform, shuffle_buffer_size=READ_IMAGES),
+            Accelerator(cpu=True),
+            cell.batch_size,
+            collate,
+            **options,
         ),
     }
 

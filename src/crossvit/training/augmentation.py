@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""From encoded images to batches: augmentation by torchvision and, for its policies, timm; none for evaluation."""
+"""From images to batches: augmentation by torchvision and, for its policies, timm; none for evaluation."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,15 +26,13 @@ from torch.utils.data import default_collate
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from .images import decode_image
-
 
 BICUBIC = v2.InterpolationMode.BICUBIC
 
 
 @dataclass
 class AugmentationArguments:
-    """Augmentation as options of a command. The defaults suit fine-tuning on photos."""
+    """How images are augmented. The defaults suit fine-tuning on photos."""
 
     crop_scale: list[float] = field(
         default_factory=lambda: [0.35, 1.0],
@@ -75,7 +73,7 @@ class AugmentationArguments:
 
 class TrainingTransform:
     """
-    Decodes and augments the images of rows, for `set_transform` and `map` of `datasets`.
+    Augments the images of rows, for `set_transform` and `map` of `datasets`.
 
     Cropping, flipping and color jitter are torchvision's, on tensors of bytes, which are resized in half of Pillow's
     time; the policies of `auto_augment` and random erasing are timm's, as in the paper. The random crop and flip are
@@ -89,8 +87,8 @@ class TrainingTransform:
         mask_column (`str`, *optional*): the column of masks, of which the objects are white. It may be one of the
             above.
 
-    A call takes rows as `dict[str, list]`: the images and masks, which are not decoded (see
-    [`~crossvit.training.images.decode_image`]), and "labels".
+    A call takes rows as `dict[str, Iterable]`: "labels", and the columns of images and masks, PIL images. If they are
+    decoded as they are iterated over, one row is in memory at a time.
 
     Returns of a call:
         `dict[str, list]`: "pixel_values", of each row (channels, height, width), or (branches, channels, height,
@@ -98,8 +96,7 @@ class TrainingTransform:
         from 0 to 1.
 
     Raises:
-        `ValueError`: for `auto_augment` with several images or masks, which would be moved in different ways; in a
-            call, for an image that cannot be decoded, which the error names.
+        `ValueError`: for `auto_augment` with several images or masks, which would be moved in different ways.
     """
 
     def __init__(
@@ -136,17 +133,17 @@ class TrainingTransform:
             ]
         )
 
-    def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    def __call__(self, rows: dict[str, Any]) -> dict[str, list[Any]]:
         batch: dict[str, list[Any]] = {"pixel_values": [], "labels": rows["labels"]}
         if self.mask_column is not None:
             batch["mask"] = []
-        for decoded in decode_rows(rows, self.image_columns, self.mask_column):
-            first = decoded[self.image_columns[0]]
+        for row_images in iterate_rows(rows, self.image_columns, self.mask_column):
+            first = row_images[self.image_columns[0]]
             # torchvision moves several images together only if they have the same size
-            images = [v2.functional.to_image(decoded[column]) for column in self.image_columns]
+            images = [v2.functional.to_image(as_rgb(row_images[column])) for column in self.image_columns]
             row = [v2.functional.resize(image, [first.height, first.width], BICUBIC) for image in images]
             if self.mask_column is not None:
-                mask = as_mask(decoded[self.mask_column], first)
+                mask = as_mask(row_images[self.mask_column], first)
                 row.append(tv_tensors.Mask(v2.functional.pil_to_tensor(mask)))
             row = self.geometric(row)
             if self.mask_column is not None:
@@ -156,13 +153,17 @@ class TrainingTransform:
         return batch
 
 
-def decode_rows(
-    rows: dict[str, list[Any]], image_columns: Sequence[str], mask_column: str | None
+def iterate_rows(
+    rows: dict[str, Any], image_columns: Sequence[str], mask_column: str | None
 ) -> Iterator[dict[str, PIL.Image.Image]]:
-    """The images of each row by their columns, each decoded once; a mask may be an image too."""
+    """The images of each row by their columns; a mask may be an image too."""
     columns = dict.fromkeys([*image_columns, *([mask_column] if mask_column else [])])
     for images in zip(*(rows[column] for column in columns)):
-        yield dict(zip(columns, map(decode_image, images)))
+        yield dict(zip(columns, images))
+
+
+def as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def as_mask(mask: PIL.Image.Image, image: PIL.Image.Image) -> PIL.Image.Image:
@@ -206,15 +207,15 @@ class EvaluationTransform:
     def __init__(self, processor: Any, image_columns: Sequence[str] = ("image",), mask_column: str | None = None):
         self.processor, self.image_columns, self.mask_column = processor, image_columns, mask_column
 
-    def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        decoded = list(decode_rows(rows, self.image_columns, self.mask_column))
+    def __call__(self, rows: dict[str, Any]) -> dict[str, list[Any]]:
+        rows_of_images = list(iterate_rows(rows, self.image_columns, self.mask_column))
         first = self.image_columns[0]
-        images: list[Any] = [row[first] for row in decoded]
+        images: list[Any] = [row[first] for row in rows_of_images]
         if len(self.image_columns) > 1:
-            images = [tuple(row[column] for column in self.image_columns) for row in decoded]
+            images = [tuple(row[column] for column in self.image_columns) for row in rows_of_images]
         batch = {"pixel_values": self.processor(images, return_tensors="pt")["pixel_values"], "labels": rows["labels"]}
         if self.mask_column is not None:
-            masks = [as_mask(row[self.mask_column], row[first]) for row in decoded]
+            masks = [as_mask(row[self.mask_column], row[first]) for row in rows_of_images]
             processed = self.processor(masks, do_convert_rgb=True, do_normalize=False, return_tensors="pt")
             batch["mask"] = processed["pixel_values"][:, 0]
         return {name: list(values) for name, values in batch.items()}

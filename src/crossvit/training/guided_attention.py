@@ -13,7 +13,6 @@
 # limitations under the License.
 """Guided attention: a loss that draws the attention of a classifier to the objects, of which there are masks."""
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,28 +20,7 @@ from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..interpretability.rollout import attention_iou, attention_rollout
-from .trainer import CrossViTTrainer, base_model
-
-
-@dataclass
-class GuidanceArguments:
-    """Guided attention as options of a command."""
-
-    mask_column: str | None = field(
-        default=None,
-        metadata={
-            "help": "Column of masks: images, white where the object is. Their overlap with attention is reported."
-        },
-    )
-    mask_weight: float = field(
-        default=0.0, metadata={"help": "Weight of a loss that draws the attention to the masks, such as 0.1."}
-    )
-
-    def __post_init__(self):
-        if not self.mask_weight >= 0:
-            raise ValueError(f"--mask_weight {self.mask_weight}: must be 0 or more")
-        if self.mask_weight and not self.mask_column:
-            raise ValueError(f"--mask_weight {self.mask_weight}: needs --mask_column, the column of the masks")
+from .trainer import CrossViTTrainer, unwrap_peft
 
 
 class GuidedAttentionTrainer(CrossViTTrainer):
@@ -68,7 +46,7 @@ class GuidedAttentionTrainer(CrossViTTrainer):
         self.overlaps: torch.Tensor | None = None
         self.prediction_metrics, self.reduce_logits = self.compute_metrics, self.preprocess_logits_for_metrics
         self.compute_metrics, self.preprocess_logits_for_metrics = self.metrics_with_iou, self.reduce_outputs
-        base_model(self.model).set_attn_implementation("eager")
+        unwrap_peft(self.model).set_attn_implementation("eager")
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs) -> Any:
         self.masks = inputs["mask"]
@@ -80,16 +58,16 @@ class GuidedAttentionTrainer(CrossViTTrainer):
         self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         loss = super().classification_loss(outputs, labels, num_items_in_batch)
-        config = base_model(self.model).config
+        config = unwrap_peft(self.model).config
         overlaps = attention_iou(attention_rollout(outputs, config), self.masks, config)
         self.overlaps = overlaps.detach()
         if not self.mask_weight:
             return loss
         if loss.requires_grad and not overlaps.requires_grad:
             raise ValueError(
-                "`mask_weight`: the attention has no gradient. Reentrant gradient checkpointing takes it away: use"
-                """ --activation_checkpointing_kwargs '{"use_reentrant": false}' (in older releases of Transformers"""
-                " --gradient_checkpointing_kwargs)."
+                "`mask_weight`: the attention has no gradient. Reentrant gradient checkpointing takes it away: set"
+                ' `activation_checkpointing_kwargs` to {"use_reentrant": False} (`gradient_checkpointing_kwargs` in'
+                " older releases of Transformers)."
             )
         labels_per_image = labels.ne(-100).flatten(1).sum(dim=1) if labels.ndim > 1 else labels.ne(-100)
         guidance = self.mean_of_step(((1 - overlaps) * labels_per_image).sum(), labels, num_items_in_batch)
@@ -109,7 +87,7 @@ class GuidedAttentionTrainer(CrossViTTrainer):
     def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
         output = super().evaluation_loop(*args, **kwargs)
         predictions: Any = output.predictions
-        return output._replace(predictions=predictions[0])
+        return output if predictions is None else output._replace(predictions=predictions[0])
 
 
-__all__ = ["GuidanceArguments", "GuidedAttentionTrainer"]
+__all__ = ["GuidedAttentionTrainer"]

@@ -11,43 +11,30 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The Trainer for CrossViT: the recipe's loss, learning rates and sampling, and its model card."""
+"""The Trainer for CrossViT: the loss, learning rates and sampling of the paper's recipe."""
 
-import json
-import logging
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard
-from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from ..configuration_crossvit import CrossViTConfig
 from ..modeling_crossvit import CrossViTForImageClassification
 from .augmentation import RepeatedAugmentationSampler
 from .learning_rates import layer_decay_groups
-from .streams import StreamTrainer
 
 
-logger = logging.getLogger(__name__)
-
-
-class CrossViTTrainer(StreamTrainer):
+class CrossViTTrainer(Trainer):
     """
     A [`~transformers.Trainer`] with what CrossViT and the paper's recipe need:
 
+    - each process draws its own augmentation and drop path;
     - labels may be probabilities, as mixup and CutMix make them, with or without label smoothing. The loss is the mean
       over all images of a step, regardless of the number of processes and gradient accumulation;
     - on request, images are repeated, incomplete steps are dropped, the learning rate follows a function of the step,
-      and early layers have lower learning rates;
-    - a model sharded by FSDP is saved as a full (unsharded) checkpoint;
-    - the model card names the origin of weights from a folder.
+      and early layers have lower learning rates.
 
     Args:
         train_data_collator (`Callable`, *optional*):
@@ -56,7 +43,7 @@ class CrossViTTrainer(StreamTrainer):
             How often an image is drawn, by a [`RepeatedAugmentationSampler`] if more than once.
         drop_incomplete_step (`bool`, *optional*, defaults to `False`):
             Whether to drop the last images of an epoch if they do not fill a step, which consists of all accumulated
-            batches of all processes. Always the case with repeated images, never with streams.
+            batches of all processes. Always the case with repeated images.
         learning_rate_schedule (`Callable[..., float]`, *optional*):
             Replaces that of `args.lr_scheduler_type`: the multiple of `args.learning_rate` at a step, such as
             [`cosine_by_epoch`]. It is called with `step`, `num_warmup_steps` and `num_training_steps`.
@@ -86,7 +73,7 @@ class CrossViTTrainer(StreamTrainer):
         self.learning_rate_schedule = learning_rate_schedule
         self.repeating_sampler: RepeatedAugmentationSampler | None = None
         super().__init__(*args, **kwargs)
-        if self.compute_loss_func is None and isinstance(base_model(self.model), CrossViTForImageClassification):
+        if self.compute_loss_func is None and isinstance(unwrap_peft(self.model), CrossViTForImageClassification):
             self.compute_loss_func = self.classification_loss
         self.add_callback(TrainingSteps(self))
 
@@ -94,10 +81,13 @@ class CrossViTTrainer(StreamTrainer):
         if self.args.data_seed is None:  # by default, the state of the process, which training makes each one's own
             self.args.data_seed = self.args.seed
         super().create_accelerator_and_postprocess()
-        # Accelerate would wrap the embeddings as well as the module in them that FSDP2 considers the input embeddings
-        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        if plugin is not None and plugin.transformer_cls_names_to_wrap is None:
-            plugin.transformer_cls_names_to_wrap = ["CrossViTLayer", "CrossViTFusion"]
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        # Evaluations weight the mean of each batch by its length, which differs between processes
+        num_items = num_items_in_batch if model.training else None
+        return super().compute_loss(model, inputs, return_outputs, num_items)
 
     def classification_loss(
         self, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
@@ -112,7 +102,7 @@ class CrossViTTrainer(StreamTrainer):
             num_items_in_batch (`int`, *optional*): the number of all labels of the step, in all processes.
         """
         logits = outputs["logits"].float()
-        config: Any = base_model(self.model).config
+        config: Any = unwrap_peft(self.model).config
         problem = config.problem_type
         if problem is None and config.num_labels == 1:
             problem = "regression"
@@ -187,44 +177,6 @@ class CrossViTTrainer(StreamTrainer):
         )
         return self.repeating_sampler
 
-    def create_model_card(self, **kwargs) -> None:
-        """
-        As [`~transformers.Trainer.create_model_card`], with the origin of weights from a folder and rounded metrics,
-        and with the columns of a resumed run's log in one order.
-        """
-        config = base_model(self.accelerator.unwrap_model(self.model)).config
-        log_history = self.state.log_history
-        self.state.log_history = [
-            {name: round(value, 4) if isinstance(value, float) else value for name, value in sorted(entry.items())}
-            for entry in log_history
-        ]
-        known: dict[str, Any] = {
-            "tasks": "image-classification",
-            "tags": ["image-classification", "vision", "crossvit", "generated_from_trainer"],
-            "finetuned_from": find_base_model(config),
-        }
-        super().create_model_card(**{**known, **kwargs})
-        self.state.log_history = log_history
-        if self.is_world_process_zero():
-            card = Path(self.args.output_dir) / "README.md"
-            text = card.read_text(encoding="utf-8")
-            origin = "was trained from scratch"
-            if config._name_or_path:
-                origin = "is a fine-tuned version of a local checkpoint"
-            text = text.replace("is a fine-tuned version of [](https://huggingface.co/)", origin)
-            card.write_text(text, encoding="utf-8")
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """
-        As [`~transformers.Trainer.save_model`], but a model sharded by FSDP is saved whole, for `from_pretrained`.
-        Checkpoints during training keep FSDP's format.
-        """
-        super().save_model(output_dir, _internal_call)
-        folder = output_dir or self.args.output_dir
-        if self.is_fsdp_enabled and not Path(folder).name.startswith(PREFIX_CHECKPOINT_DIR):
-            if "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type):
-                self._save(folder, state_dict=self.accelerator.get_state_dict(self.model))
-
 
 class TrainingSteps(TrainerCallback):
     """What a [`CrossViTTrainer`] does during training."""
@@ -242,40 +194,9 @@ class TrainingSteps(TrainerCallback):
             self.trainer.repeating_sampler.set_epoch(int(state.epoch or 0))
 
 
-def last_usable_checkpoint(output_dir: str | Path) -> str | None:
-    """
-    The newest checkpoint of a run whose `trainer_state.json`, which the Trainer writes last, is there and whose
-    weights load; [`~transformers.trainer_utils.get_last_checkpoint`] returns what a killed process began to write.
-    """
-    folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    checkpoints = {int(step): folder for folder in folders if (step := folder.name.rpartition("-")[2]).isdecimal()}
-    for _, checkpoint in sorted(checkpoints.items(), reverse=True):
-        try:
-            TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-            for file in checkpoint.glob("*.safetensors"):
-                with safe_open(file, "pt"):  # compares the length of the file with its header
-                    pass
-            return str(checkpoint)
-        except (OSError, SafetensorError, TypeError, ValueError) as error:
-            logger.warning(f"{checkpoint} is not complete and not used: {error}")
-    return None
-
-
-def find_base_model(config: CrossViTConfig) -> str:
-    """The repository that a model, or the checkpoint in a folder that it was loaded from, comes from; else ""."""
-    name = config._name_or_path
-    if not name or not Path(name).is_dir():
-        return name
-    record, card = Path(name) / "conversion.json", Path(name) / "README.md"
-    if record.is_file():
-        return json.loads(record.read_text(encoding="utf-8")).get("source", {}).get("repository") or ""
-    base = ModelCard.load(card).data.get("base_model") if card.is_file() else None
-    return base if isinstance(base, str) else ""
-
-
-def base_model(model: Any) -> Any:
+def unwrap_peft(model: Any) -> Any:
     """The model without the adapters of PEFT."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-__all__ = ["CrossViTTrainer", "last_usable_checkpoint"]
+__all__ = ["CrossViTTrainer"]

@@ -269,19 +269,9 @@ class StreamTrainer(Trainer):
             return super().get_test_dataloader(test_dataset)
         return self.get_eval_dataloader(test_dataset)
 
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        # Evaluations weight the mean of each batch by its length, which differs between processes
-        num_items = num_items_in_batch if model.training else None
-        return super().compute_loss(model, inputs, return_outputs, num_items)
-
     def evaluation_loop(self, dataloader: Any, *args, **kwargs) -> EvalLoopOutput:
         is_stream = isinstance(dataloader, StreamLoader)
         if is_stream:
             self.gather_function = dataloader.gather  # until the end of this evaluation
         output = super().evaluation_loop(dataloader, *args, **kwargs)
         return output._replace(num_samples=len(output.label_ids)) if is_stream else output
-
-
-__all__ = ["ImageStream", "StreamTrainer"]

@@ -11,11 +11,15 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Errors of commands."""
+"""
+The loader of image folders, in a module of its own: in the module of a loader, `datasets` replaces `open`,
+`os.path.join`, `glob.glob` and others by functions for URLs.
+"""
+
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 
-class CommandError(ValueError):
-    """A mistake in the options or data of a command, with one line that names it and the remedy."""
+class AvifImageFolder(ImageFolder):
+    """A folder of images, which may be AVIF; `ImageFolder` leaves these out."""
 
-
-__all__ = ["CommandError"]
+    EXTENSIONS = [*ImageFolder.EXTENSIONS, ".avif"]

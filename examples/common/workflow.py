@@ -24,13 +24,18 @@ import torch
 from accelerate.utils import gather_object
 from transformers import TrainingArguments, set_seed
 
-from .augmentation import AugmentationArguments, Collator, EvaluationTransform, TrainingTransform
-from .data import DataArguments, LabelledImages, some
-from .errors import CommandError
-from .guided_attention import GuidedAttentionTrainer
+from crossvit.training.augmentation import AugmentationArguments, Collator, EvaluationTransform, TrainingTransform
+from crossvit.training.guided_attention import GuidedAttentionTrainer
+from crossvit.training.trainer import CrossViTTrainer, unwrap_peft
+
+from .checkpoints import last_usable_checkpoint
+from .errors import CommandError, shorten_list
+from .fsdp import FsdpTrainer
+from .images import DecodedImages
+from .labelled_images import DataArguments, LabelledImages
 from .metrics import MultiLabelMetric, SingleLabelMetric, save_confusion_matrix
-from .streams import ImageStream
-from .trainer import CrossViTTrainer, base_model, last_usable_checkpoint
+from .model_card import ModelCardTrainer
+from .streams import ImageStream, StreamTrainer
 
 
 def default_num_workers() -> int:
@@ -59,6 +64,14 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "dataloader_num_workers": default_num_workers(),
     "dataloader_persistent_workers": None,  # if there are workers
 }
+
+
+class CommandTrainer(CrossViTTrainer, ModelCardTrainer, FsdpTrainer, StreamTrainer):
+    """The Trainer of the commands."""
+
+
+class GuidedCommandTrainer(GuidedAttentionTrainer, CommandTrainer):
+    """The Trainer of the commands for images with masks."""
 
 
 def prepare_images(data: DataArguments, args: TrainingArguments, mask_column: str | None = None) -> LabelledImages:
@@ -93,9 +106,9 @@ def make_trainer(
     args: TrainingArguments,
     mask_weight: float = 0.0,
     **options,
-) -> CrossViTTrainer:
+) -> CommandTrainer:
     """
-    Creates the Trainer, a [`GuidedAttentionTrainer`] if the images have masks, with further `options` of
+    Creates the Trainer, which guides attention if the images have masks, with further `options` of
     [`CrossViTTrainer`]. The best checkpoint has the best accuracy, or the best F1 if images have several labels.
 
     Raises:
@@ -112,9 +125,9 @@ def make_trainer(
         raise CommandError("--mixup_alpha, --cutmix_alpha: they do not mix masks; leave them out, or --mask_column")
     if data.streaming and augmentation.augmentation_repeats > 1:
         raise CommandError("--augmentation_repeats: does not work with --streaming")
-    trainer: Any = CrossViTTrainer
+    trainer: Any = CommandTrainer
     if images.mask_column:
-        trainer = partial(GuidedAttentionTrainer, mask_weight=mask_weight)
+        trainer = partial(GuidedCommandTrainer, mask_weight=mask_weight)
     columns: Any = (images.image_columns, images.mask_column)
     return trainer(
         model,
@@ -129,7 +142,7 @@ def make_trainer(
         ),
         eval_dataset=transformed(images.splits["validation"], EvaluationTransform(processor, *columns)),
         processing_class=processor,
-        compute_metrics=metric.of_prediction,
+        compute_metrics=metric.compute_metrics,
         preprocess_logits_for_metrics=metric.reduce_logits,
         augmentation_repeats=augmentation.augmentation_repeats,
         **options,
@@ -138,7 +151,7 @@ def make_trainer(
 
 def check_image_columns(image_columns: list[str], model: Any) -> None:
     """Raises a `CommandError` if the model does not take that number of images."""
-    num_branches = base_model(model).config.num_branches
+    num_branches = unwrap_peft(model).config.num_branches
     if len(image_columns) not in (1, num_branches):
         raise CommandError(
             f"--image_columns {' '.join(image_columns)}: the model takes one image for all branches or one for each of"
@@ -147,13 +160,14 @@ def check_image_columns(image_columns: list[str], model: Any) -> None:
 
 
 def transformed(split: Any, transform: Any, **stream_options) -> Any:
-    """Applies a transform to the rows of a split or stream when they are read. The options are for streams."""
+    """Decodes and transforms the images of a split or stream when they are read. The options are for streams."""
+    transform = DecodedImages(transform)
     if isinstance(split, datasets.Dataset):
         return split.with_transform(transform)
     return ImageStream(split, transform, **stream_options)
 
 
-def train(trainer: CrossViTTrainer, images: LabelledImages) -> None:
+def train(trainer: CommandTrainer, images: LabelledImages) -> None:
     """
     Trains, or resumes from the last usable checkpoint in the output folder.
 
@@ -166,7 +180,7 @@ def train(trainer: CrossViTTrainer, images: LabelledImages) -> None:
     if len(set(names)) > 1:
         raise CommandError(
             f"--output_dir {trainer.args.output_dir}: not all processes find the same checkpoint to resume from, but"
-            f" {some(map(str, names))}; use a folder that all machines share"
+            f" {shorten_list(map(str, names))}; use a folder that all machines share"
         )
     fingerprint, record = images.fingerprint(), Path(trainer.args.output_dir) / "data_fingerprint.txt"
     if checkpoint and fingerprint and record.is_file() and record.read_text(encoding="utf-8") != fingerprint:
@@ -182,7 +196,7 @@ def train(trainer: CrossViTTrainer, images: LabelledImages) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
 
 
-def finish(trainer: CrossViTTrainer, images: LabelledImages, data: DataArguments) -> None:
+def save_and_evaluate(trainer: CommandTrainer, images: LabelledImages, data: DataArguments) -> None:
     """Saves the trained model, evaluates it on the other splits, and pushes it to the Hub on request."""
     output = Path(trainer.args.output_dir)
     trainer.save_model(_internal_call=True)  # before anything else can fail, and without a push
@@ -211,7 +225,7 @@ def finish(trainer: CrossViTTrainer, images: LabelledImages, data: DataArguments
     end_workers(trainer)
 
 
-def end_workers(trainer: CrossViTTrainer) -> None:
+def end_workers(trainer: CommandTrainer) -> None:
     """Ends the processes that read images. With a GPU, PyTorch 2.11 waits five seconds for each of them on exit."""
     handler = trainer.callback_handler
     handler.train_dataloader = handler.eval_dataloader = None

@@ -14,7 +14,7 @@
 """
 scikit-learn's metrics of image classification, as metrics of the library evaluate that need no script from the Hub.
 
-The Trainer takes `compute_metrics=metric.of_prediction, preprocess_logits_for_metrics=metric.reduce_logits`.
+The Trainer takes `compute_metrics=metric.compute_metrics, preprocess_logits_for_metrics=metric.reduce_logits`.
 """
 
 from pathlib import Path
@@ -46,7 +46,7 @@ class OfflineMetric(evaluate.Metric):
             description=self.__doc__, citation="", features=datasets.Features(self.columns), inputs_description=""
         )
 
-    def of_prediction(self, prediction: EvalPrediction) -> dict[str, float]:
+    def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         return self.compute(predictions=prediction.predictions, references=np.asarray(prediction.label_ids, dtype=int))
 
 
@@ -130,6 +130,3 @@ def save_confusion_matrix(path: Path, prediction: Any, class_names: list[str]) -
         ax=figure.subplots(),
     )
     figure.savefig(path)
-
-
-__all__ = ["MultiLabelMetric", "SingleLabelMetric", "save_confusion_matrix"]

@@ -11,9 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Opens image files: only formats of photos, upright and in RGB, with errors that name the file."""
+"""Finds and opens image files: only formats of photos, upright and in RGB, with errors that name the file."""
 
 import io
+import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +23,7 @@ import fsspec
 import PIL.Image
 import PIL.ImageOps
 
-from .errors import CommandError
+from .errors import CommandError, one_line
 
 
 # Formats of photos. Pillow opens files of others too, whatever their names: for EPS it starts Ghostscript
@@ -32,6 +34,22 @@ def image_formats() -> list[str]:
     """Those of `IMAGE_FORMATS` that the installed Pillow has."""
     PIL.Image.init()
     return [name for name in IMAGE_FORMATS if name in PIL.Image.OPEN]
+
+
+def find_images(folder: Path, suffixes: Collection[str] | None = None) -> list[Path]:
+    """
+    The image files in a folder and its subfolders, in order; hidden ones are left out. They have the suffixes of the
+    [`image_formats`] or, in lower case, the given ones.
+    """
+    if suffixes is None:
+        formats = image_formats()
+        suffixes = {suffix for suffix, name in PIL.Image.registered_extensions().items() if name in formats}
+    found = []
+    for path, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        files = (Path(path, name) for name in names if not name.startswith("."))
+        found += [file for file in files if file.suffix.lower() in suffixes and file.is_file()]
+    return sorted(found)
 
 
 def open_image(file: str | Path | BinaryIO, name: str | None = None, mode: str | None = "RGB") -> PIL.Image.Image:
@@ -47,6 +65,8 @@ def open_image(file: str | Path | BinaryIO, name: str | None = None, mode: str |
         `CommandError`: names a file that is not such an image.
     """
     formats = image_formats()
+    if isinstance(file, (str, Path)) and os.path.exists(file) and not os.path.isfile(file):
+        raise CommandError(f"{name or file}: not a file")  # reading a named pipe would wait for ever
     try:
         with PIL.Image.open(file, formats=formats) as image:
             image.load()
@@ -56,8 +76,7 @@ def open_image(file: str | Path | BinaryIO, name: str | None = None, mode: str |
     except PIL.UnidentifiedImageError as error:
         raise CommandError(f"{name or file}: not an image of the formats {', '.join(formats)}") from error
     except Exception as error:  # of many types, by format
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CommandError(f"{name or file}: cannot be read as an image ({reason})") from error
+        raise CommandError(f"{name or file}: cannot be read as an image ({one_line(error)})") from error
 
 
 def decode_image(image: dict[str, Any] | None, mode: str | None = "RGB") -> PIL.Image.Image:
@@ -74,4 +93,15 @@ def decode_image(image: dict[str, Any] | None, mode: str | None = "RGB") -> PIL.
     return open_image(path if content is None else io.BytesIO(content), path or "an image", mode)
 
 
-__all__ = ["decode_image", "image_formats", "open_image"]
+class DecodedImages:
+    """
+    A [`~crossvit.training.augmentation.TrainingTransform`] or another one, for rows of `datasets` whose images are not
+    decoded: [`decode_image`] decodes each when the transform comes to it.
+    """
+
+    def __init__(self, transform: Any):
+        self.transform = transform
+        self.columns = [column for column in (*transform.image_columns, transform.mask_column) if column]
+
+    def __call__(self, rows: dict[str, Any]) -> dict[str, list[Any]]:
+        return self.transform({**rows, **{column: map(decode_image, rows[column]) for column in self.columns}})

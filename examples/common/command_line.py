@@ -11,24 +11,25 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Code shared by the commands: options, models, images, one-line errors, and Ctrl-C without a traceback."""
+"""The command line: options, models by their names, errors on one line, and Ctrl-C without a traceback."""
 
 import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
+
+from .errors import CommandError, one_line
 
 
 # These are imported where they are needed: a typo in an option then costs little time
 if TYPE_CHECKING:
-    import PIL.Image
     from transformers import HfArgumentParser
 
     from crossvit import CrossViTConfig, CrossViTForImageClassification
 
 
-PUBLISHED = "timm/crossvit_15_dagger_240.in1k"  # the weights that commands use by default
+DEFAULT_MODEL = "timm/crossvit_15_dagger_240.in1k"
 
 
 def make_parser(groups: Any, description: str, defaults: dict[str, Any]) -> "HfArgumentParser":
@@ -47,7 +48,7 @@ def parse(parser: "HfArgumentParser") -> tuple[Any, ...]:
     try:
         return parser.parse_args_into_dataclasses(look_for_args_file=False)
     except (TypeError, ValueError) as error:
-        parser.error(reason(error))
+        parser.error(one_line(error))
 
 
 def read_config(name: str, **options) -> "CrossViTConfig":
@@ -69,7 +70,6 @@ def load_checkpoint(name: str, dtype: Any = None, **options) -> tuple["CrossViTF
     from transformers.utils.logging import disable_progress_bar
 
     from crossvit import CrossViTForImageClassification, CrossViTImageProcessor
-    from crossvit.training.errors import CommandError
 
     disable_progress_bar()  # loading takes a moment
     huggingface_hub.utils.enable_progress_bars()  # a download takes longer
@@ -78,7 +78,9 @@ def load_checkpoint(name: str, dtype: Any = None, **options) -> tuple["CrossViTF
         model = CrossViTForImageClassification.from_pretrained(name, config=config, dtype=dtype or "auto")
         return model, CrossViTImageProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:  # a typo, no network, another model
-        raise CommandError(f"--model {name}: no CrossViT in such a folder or on the Hub ({reason(error)})") from error
+        raise CommandError(
+            f"--model {name}: no CrossViT in such a folder or on the Hub ({one_line(error)})"
+        ) from error
 
 
 def load_config(name: str, **options) -> tuple["CrossViTConfig", Any]:
@@ -87,7 +89,6 @@ def load_config(name: str, **options) -> tuple["CrossViTConfig", Any]:
     one beside it, or else one of its size as in the paper. Raises a `CommandError`.
     """
     from crossvit import CrossViTImageProcessor
-    from crossvit.training.errors import CommandError
     from crossvit.training.image_sizes import make_image_processor
 
     try:
@@ -97,7 +98,7 @@ def load_config(name: str, **options) -> tuple["CrossViTConfig", Any]:
         config.validate_architecture()  # with the options, which come after its own validation
     except (OSError, ValueError) as error:  # as above
         raise CommandError(
-            f"--config {name}: no configuration of a CrossViT for RGB images ({reason(error)})"
+            f"--config {name}: no configuration of a CrossViT for RGB images ({one_line(error)})"
         ) from error
     try:
         processor = CrossViTImageProcessor.from_pretrained(name)
@@ -107,32 +108,7 @@ def load_config(name: str, **options) -> tuple["CrossViTConfig", Any]:
     return config, processor
 
 
-def find_images(folder: Path) -> list[Path]:
-    """The image files in a folder and its subfolders, by their suffixes and in order; hidden ones are left out."""
-    import PIL.Image
-
-    from crossvit.training.images import image_formats
-
-    suffixes = {suffix for suffix, name in PIL.Image.registered_extensions().items() if name in image_formats()}
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
-    return sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
-
-
-def open_image(file: str | Path | BinaryIO, name: str | None = None) -> "PIL.Image.Image":
-    """
-    An image file of the `image_formats`, upright and in RGB. Raises a `CommandError` with its `name`, by default the
-    path.
-    """
-    from crossvit.training import images
-
-    return images.open_image(file, name)
-
-
-def reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def run(main: Callable[[], None]) -> None:
+def run_command(main: Callable[[], None]) -> None:
     """
     Runs a command. What its user did wrong (`CommandError`, which is a `ValueError`, or `OSError`) ends the process
     with status 1 and one line, Ctrl-C with status 130; other errors have their trace.
@@ -140,7 +116,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (OSError, ValueError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {reason(error)}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
