@@ -282,8 +282,8 @@ def write_space(model: Any, processor: Any, name: str, license: dict[str, Any], 
     for file in (SCRIPT, *licenses):
         shutil.copy(file, folder)
     (folder / "common").mkdir()
-    for file in COMMON_FILES:
-        shutil.copy(SCRIPT.with_name("common") / file, folder / "common")
+    for shared in COMMON_FILES:
+        shutil.copy(SCRIPT.with_name("common") / shared, folder / "common")
     model.save_pretrained(folder / MODEL_OF_SPACE.name)
     processor.save_pretrained(folder / MODEL_OF_SPACE.name)
     requirements = [line for line in importlib.metadata.requires("crossvit") if "extra ==" not in line]

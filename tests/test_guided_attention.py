@@ -136,6 +136,15 @@ def test_accumulated_batches_are_guided_as_one(small_config, tmp_path, kind):
             torch.testing.assert_close(found[name], expected, atol=1e-6, rtol=0)
 
 
+def test_evaluations_may_return_only_the_loss(small_config, tmp_path):
+    small_config.image_size, rows = (48, 40), shapes(4, seed=0)
+    trainer = make_trainer(CrossViTForImageClassification(small_config), tmp_path, evaluation=rows)
+    loss = trainer.evaluate()["eval_loss"]
+    trainer.args.prediction_loss_only = True
+    assert trainer.evaluate()["eval_loss"] == loss
+    assert trainer.predict(rows).predictions is None
+
+
 def test_guidance_needs_the_gradient_of_the_attention(small_config, tmp_path):
     small_config.image_size, small_config.num_labels = (48, 40), 3
     rows = shapes(4, seed=0)
