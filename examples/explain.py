@@ -45,8 +45,8 @@ def main() -> None:
     from crossvit.interpretability import (
         AttentionMap,
         AttentionMaps,
-        Picture,
-        Scores,
+        ImageCell,
+        ScoreCell,
         display_size,
         draw_attention,
         draw_rows,
@@ -58,27 +58,27 @@ def main() -> None:
     scores = ImageClassificationPipeline(model=model, image_processor=processor).postprocess(maps.outputs, top_k=5)
     print(*args.images, *(f"{entry['label']} {entry['score']:.1%}" for entry in scores), sep="  ")
 
-    def draw_input(branch: int, title: str) -> Picture:
+    def draw_input(branch: int, title: str) -> ImageCell:
         image = maps.images[branch]
         height, width = display_size(image)
         crop = maps.crops[branch].align(np.ones((1, 1)), image_size=(height, width))[..., None]
         bright_crop = np.asarray(image.resize((width, height))) * (0.3 + 0.7 * crop)
-        return Picture(PIL.Image.fromarray(bright_crop.astype(np.uint8)), f"{title}\n(bright: center crop)")
+        return ImageCell(PIL.Image.fromarray(bright_crop.astype(np.uint8)), f"{title}\n(bright: center crop)")
 
-    def draw(attention: AttentionMap, title: str, label: str = "", branch: int | None = None) -> Picture:
+    def draw(attention: AttentionMap, title: str, label: str = "", branch: int | None = None) -> ImageCell:
         image = maps.images[min(attention.patches) if branch is None else branch]
         picture, peak = draw_attention(image, attention, branch)
-        return Picture(picture, f"{title}, {peak}", label)
+        return ImageCell(picture, f"{title}, {peak}", label)
 
     branches = range(model.config.num_branches)
     columns = 2 * len(branches)
     rows: list[list[Any]]
     if len(images) == 1:
         rollout = draw(maps.rollout(), "attention rollout\nover all stages")
-        rows = [[draw_input(0, "input"), Scores(scores, "top 5"), *[None] * (columns - 3), rollout]]
+        rows = [[draw_input(0, "input"), ScoreCell(scores, "top 5"), *[None] * (columns - 3), rollout]]
     else:
         inputs = [draw_input(branch, f"input of branch {branch}") for branch in branches]
-        rows = [[*inputs, Scores(scores, "top 5"), *[None] * (len(branches) - 1)], []]
+        rows = [[*inputs, ScoreCell(scores, "top 5"), *[None] * (len(branches) - 1)], []]
         for branch in branches:
             title = f"attention rollout\nto the input of branch {branch}"
             rows[-1] += [draw(maps.rollout(), title, branch=branch), None]

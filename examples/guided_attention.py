@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/guided_attention"), help="default: %(default)s")
     args = parser.parse_args()
 
-    from crossvit.interpretability import AttentionMaps, Picture, draw_attention, draw_rows
+    from crossvit.interpretability import AttentionMaps, ImageCell, draw_attention, draw_rows
 
     args.output.mkdir(parents=True, exist_ok=True)
     unguided, processor = train(0.0, args)
@@ -171,10 +171,10 @@ def main() -> None:
         row = []
         for branch, (image, name) in enumerate(zip(images, ("photo", "depth image"))):
             titles = [f"{name}\n(branch {branch})", "rollout\nunguided", "rollout\nguided"] if not rows else [""] * 3
-            row.append(Picture(image.resize((4 * SIDE, 4 * SIDE)), titles[0]))
+            row.append(ImageCell(image.resize((4 * SIDE, 4 * SIDE)), titles[0]))
             for rollout, title in zip(rollouts, titles[1:]):
                 overlaid, peak = draw_attention(image, rollout, branch)
-                row.append(Picture(overlaid, f"{title}\n{peak}" if title else peak))
+                row.append(ImageCell(overlaid, f"{title}\n{peak}" if title else peak))
         rows.append(row)
     picture = args.output / "guided_attention.png"
     draw_rows(rows, heat=True).savefig(picture)

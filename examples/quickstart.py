@@ -138,7 +138,7 @@ def classify(model_name: str, paths: list[str], output: Path) -> None:
     """Classifies the images, or else the held-out digits, and draws some of them."""
     from transformers import pipeline
 
-    from crossvit.interpretability import AttentionMaps, Picture, Scores, draw_attention, draw_rows
+    from crossvit.interpretability import AttentionMaps, ImageCell, ScoreCell, draw_attention, draw_rows
     from crossvit.interpretability.plotting import ORANGE
 
     images, labels = [open_image(path) for path in paths], [None] * len(paths)
@@ -168,11 +168,11 @@ def classify(model_name: str, paths: list[str], output: Path) -> None:
     for number in shown:
         maps = AttentionMaps(model, processor, images[number])
         titles = ["image", "prediction"] if not rows else ["", ""]
-        row: list[Any] = [Picture(images[number], titles[0], names[number], None if correct[number] else ORANGE)]
-        row += [Scores(predictions[number], titles[1], correct[number]), None]
+        row: list[Any] = [ImageCell(images[number], titles[0], names[number], None if correct[number] else ORANGE)]
+        row += [ScoreCell(predictions[number], titles[1], correct[number]), None]
         for title, attention in maps.class_token_maps().items():
             picture, peak = draw_attention(images[number], attention)
-            row.append(Picture(picture, peak if rows else f"{title}\n{peak}"))
+            row.append(ImageCell(picture, peak if rows else f"{title}\n{peak}"))
         rows.append(row)
     figure = draw_rows(rows, heat=True)
     if mistakes:

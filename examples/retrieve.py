@@ -98,7 +98,7 @@ def main() -> None:
     import numpy as np
     from sklearn.neighbors import NearestNeighbors
 
-    from crossvit.interpretability import Picture, draw_rows
+    from crossvit.interpretability import ImageCell, draw_rows
     from crossvit.interpretability.plotting import BLUE, ORANGE
 
     files = {path.resolve(): str(path) for path in find_images(args.data)}  # once, even if links lead to them
@@ -127,11 +127,11 @@ def main() -> None:
         pairs = [(found[index], 1 - distance) for index, distance in zip(indices, distances) if index != place]
         return pairs[: args.nearest]
 
-    def picture(path: str, cosine: str = "", color: str | None = None) -> Picture:
+    def picture(path: str, cosine: str = "", color: str | None = None) -> ImageCell:
         image = open_image(path)
         image.thumbnail(THUMBNAIL)
         lines = (label(path)[:24], Path(path).name[-24:], cosine)
-        return Picture(image, "\n".join(line for line in lines if line), color=color)
+        return ImageCell(image, "\n".join(line for line in lines if line), color=color)
 
     if args.query:
         embedded = np.concatenate([embed([query], model, processor) for query in queries])

@@ -80,7 +80,7 @@ def main() -> None:
     )
 
     from crossvit import CrossViTConfig, CrossViTImageProcessor
-    from crossvit.interpretability import Picture, draw_rows
+    from crossvit.interpretability import ImageCell, draw_rows
 
     set_seed(args.seed)
     processor = CrossViTImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
@@ -143,7 +143,7 @@ def main() -> None:
 
     model = UperNetForSemanticSegmentation.from_pretrained(args.output)
     palette = np.array(COLORS, dtype=np.uint8)
-    rows: list[list[Picture]] = []
+    rows: list[list[ImageCell]] = []
     for index in range(SHOWN):
         image, mask = draw_sample(np.random.default_rng((TEST_SEED, index)))
         with torch.no_grad():
@@ -151,7 +151,7 @@ def main() -> None:
         pictures = [image, PIL.Image.fromarray(palette[mask]), PIL.Image.fromarray(palette[predicted])]
         titles = ["", "", ""] if rows else ["image", "true mask", "predicted mask"]
         labels = [", ".join(LABELS[label] for label in np.unique(mask) if label), "", ""]
-        rows.append([Picture(*cell) for cell in zip(pictures, titles, labels)])
+        rows.append([ImageCell(*cell) for cell in zip(pictures, titles, labels)])
     draw_rows(rows).savefig(args.output / "segment.png")
     print(
         f"Trained in {metrics['train_runtime']:.0f} seconds. Mean IoU on {TEST_IMAGES} other images:"

@@ -115,7 +115,7 @@ def test_cells_are_aligned_with_the_pixels_that_the_image_processor_crops(backen
     image = PIL.Image.fromarray(coordinates.astype(np.uint8))
     processor = backend(do_rescale=False, do_normalize=False, **options)
     pixel_values = processor(image, return_tensors="pt").pixel_values
-    crop = CropRegion.from_processed(processor, image, pixel_values)
+    crop = CropRegion.from_image(processor, image)
 
     height, width = pixel_values.shape[-2:]
     for top, left, cell in ((0, 0, 10), (height - 12, width - 12, 12), (height // 2, width // 3, 9)):
@@ -162,7 +162,7 @@ def make_white_detector(small_config) -> CrossViTForImageClassification:
 def draw_spot(size: tuple[int, int], place: tuple[float, float], processor) -> PIL.Image.Image:
     """A black image of (width, height) with a white spot a little smaller than a patch of the first branch."""
     image = PIL.Image.new("RGB", size)
-    crop = CropRegion.from_processed(processor, image, processor(image, return_tensors="pt").pixel_values)
+    crop = CropRegion.from_image(processor, image)
     half = max(0.5, 2.5 * min(crop.size) / 36)
     column, row = place[0] * size[0], place[1] * size[1]
     image.paste("white", (int(column - half), int(row - half), int(column + half) + 1, int(row + half) + 1))
@@ -224,6 +224,12 @@ def test_images_of_the_branches_are_turned_upright(model, tmp_path):
         assert np.array_equal(maps.rollout().on_image(branch=branch), expected.on_image(branch=branch))
 
 
+def test_maps_do_not_keep_the_attention_of_all_tokens(config):
+    maps = AttentionMaps(make_model(config), make_processor(), make_image())
+    for attention in maps.class_token_maps().values():
+        assert all(patches.base is None for patches in attention.patches.values())
+
+
 def test_one_image_is_that_of_every_branch(config):
     model, processor, image = make_model(config), make_processor(), make_image()
     maps = AttentionMaps(model, processor, image)
@@ -267,25 +273,6 @@ def test_smooth_maps_keep_constants_and_order():
     # Splines reproduce linear values, except at the edges
     assert np.allclose(ramp[20, 25:45], (np.arange(15, 35) + 0.5) / 10 - 0.5)
     assert (np.diff(ramp[20, 10:60]) >= -1e-9).all()
-
-
-@pytest.mark.parametrize("backend", [CrossViTImageProcessor, CrossViTImageProcessorPil])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"size": {"shortest_edge": 41, "longest_edge": 60}},
-        {"size": {"height": 30, "width": 28}},
-        {"do_resize": False},
-    ],
-)
-@pytest.mark.parametrize("size", [(50, 44), (44, 50), (7, 290), (333, 91), (64, 64), (1, 3)])
-def test_size_after_resizing_is_computed(backend, options, size):
-    processor = backend(do_center_crop=False, **options)
-    image = make_image(*size)
-    crop = CropRegion.from_processed(processor, image, processor(image, return_tensors="pt").pixel_values)
-    # Any other size than that of the pixel values would be a crop, or padded
-    assert crop.origin == (0, 0) and crop.size == crop.image_size
 
 
 @pytest.mark.parametrize("backend", [CrossViTImageProcessor, CrossViTImageProcessorPil])

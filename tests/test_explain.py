@@ -6,7 +6,7 @@ import pytest
 from examples_in_process import save_checkpoint
 
 from crossvit import CrossViTConfig
-from crossvit.interpretability import Picture
+from crossvit.interpretability import ImageCell
 
 
 @pytest.mark.parametrize("size", [(90, 60), (1, 1), (3, 400)])
@@ -29,7 +29,7 @@ def test_each_map_is_drawn_on_the_image_of_its_branch(example, drawn_rows, check
     assert output.startswith(f"{images[0]}  {images[1]}  LABEL_")
     # (width, height) of the pictures
     photo, mask = (480, 320), (240, 480)
-    sizes = [[cell.image.size for cell in row if isinstance(cell, Picture)] for row in drawn_rows]
+    sizes = [[cell.image.size for cell in row if isinstance(cell, ImageCell)] for row in drawn_rows]
     # The inputs; rollout; in each stage self-attention, then cross-attention to the other branch
     assert sizes == [[photo, mask], [photo, mask], [photo, mask, mask, photo], [photo, mask, mask, photo]]
 

@@ -224,3 +224,20 @@ def test_save_load_keeps_pixel_values(backend, side, tmp_path):
         assert type(loaded) is loader and json.loads(loaded.to_json_string()) == saved
     loaded = backend.from_pretrained(tmp_path)
     assert torch.equal(pixel_values(loaded, image), pixel_values(processor, image))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"size": {"shortest_edge": 41, "longest_edge": 60}},
+        {"size": {"height": 30, "width": 28}},
+        {"do_resize": False},
+    ],
+)
+@pytest.mark.parametrize("size", [(50, 44), (44, 50), (7, 290), (333, 91), (64, 64), (1, 3)])
+def test_the_size_after_resizing_is_known(backend, options, size):
+    processor = backend(do_center_crop=False, **options)
+    assert processor.get_resized_size(*size) == pixel_values(processor, picture(*size)).shape[-2:]
+    assert processor.get_crop_box(*size) == (0, 0, *size)

@@ -71,6 +71,16 @@ def test_rectangles_show_all_of_an_image(model, processor):
     assert pixels.shape == (3, 36, 72) and (edges > 2).all() and pixels[0, 18, 36] < -2
 
 
+@pytest.mark.parametrize("do_center_crop", [True, False])
+def test_resizing_without_a_crop_stays_without(model, do_center_crop):
+    """As timm's `crop_mode="squash"`."""
+    processor = CrossViTImageProcessor(
+        size={"height": 36, "width": 36}, crop_size={"height": 36, "width": 36}, do_center_crop=do_center_crop
+    )
+    set_image_size(model, processor, 72, 72)
+    assert dict(processor.size) == dict(processor.crop_size) == {"height": 72, "width": 72}
+
+
 @pytest.mark.parametrize("size, edge", [((240, 240), 274), ((224, 224), 256), ((384, 384), 438), ((40, 80), None)])
 def test_processors_for_models_without_one(small_config, size, edge):
     small_config.patch_size = (8, 8)

@@ -261,6 +261,30 @@ def test_attention_implementations_agree(small_config, pixel_values, implementat
     torch.testing.assert_close(model(pixel_values).logits, expected, atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "blockwise"])
+def test_masked_tokens_are_not_attended_to(small_config, implementation):
+    """The image of the first branch has 36 patches of 6 pixels and that of the second one 16 patches of 8."""
+    small_config.depth = ((1, 1, 2), (1, 1, 0))
+    model = perturb(CrossViTForImageClassification(small_config)).eval()
+    model.set_attn_implementation(implementation)
+    images = torch.randn(2, 2, 3, 36, 36)
+    attention_mask = torch.ones(2, 37 + 17, dtype=torch.long)
+    everywhere = model(images, attention_mask=attention_mask).logits
+    torch.testing.assert_close(everywhere, model(images).logits, atol=1e-5, rtol=0)  # 5e-7 was measured
+    attention_mask[0, 1] = 0  # the patch at the top left of the first branch
+    logits = model(images, attention_mask=attention_mask).logits
+    assert (logits - everywhere)[0].abs().max() > 1e-3
+    torch.testing.assert_close(logits[1], everywhere[1], atol=1e-5, rtol=0)
+    images[0, 0, :, :6, :6] += 1
+    torch.testing.assert_close(model(images, attention_mask=attention_mask).logits, logits)
+
+
+def test_masks_of_another_length_are_refused(model, pixel_values):
+    with pytest.raises(ValueError, match=r"here \(3, 54\), for the 37 \+ 17 tokens of the branches, got \(3, 37\)"):
+        model(pixel_values, attention_mask=torch.ones(3, 37))
+
+
 class CalledLinear(torch.nn.Linear):
     """Not a plain linear layer, so that it is called."""
 
@@ -479,6 +503,13 @@ def test_loss_is_divided_by_the_items_of_the_whole_batch(model, pixel_values):
 
 
 # Weights
+
+
+def test_arguments_of_saving_are_positional_as_in_transformers(model, tmp_path):
+    weights = {name: weight + 1 for name, weight in model.state_dict().items()}
+    model.save_pretrained(tmp_path, True, weights)
+    loaded = CrossViTForImageClassification.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in weights.items())
 
 
 def test_device_map_splits_no_layer(model):

@@ -44,6 +44,8 @@ def test_published_weights_in_one_line_online_and_offline(hub, tmp_path, image):
         def load_and_run(file, **options):
             model = CrossViTForImageClassification.from_pretrained("{REPO}", **options).eval()
             processor = CrossViTImageProcessorPil.from_pretrained("{REPO}", **options)
+            commit = options.get("revision", "{repository.hashes[1]}")
+            assert getattr(model.config, "_commit_hash", commit) == commit  # later releases of Transformers have none
             inputs = processor(PIL.Image.open("image.jpg"), return_tensors="pt")
             with torch.no_grad():
                 torch.save((inputs.pixel_values, model(**inputs).logits), file)

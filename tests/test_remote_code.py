@@ -151,6 +151,12 @@ def test_other_code_is_left_as_it_is(small_config, tmp_path, monkeypatch):
     assert auto_map(tmp_path / "both" / "preprocessor_config.json") == {**AUTO_MAP, **own}
 
 
+def test_only_checkpoints_get_the_code(small_config, tmp_path):
+    small_config.auto_map = dict(AUTO_MAP)
+    small_config.to_json_file(tmp_path / "config.json")
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_checkpoint_without_code_names_none(small_config, tmp_path):
     CrossViTForImageClassification(small_config).save_pretrained(tmp_path)
     CrossViTImageProcessor().save_pretrained(tmp_path)

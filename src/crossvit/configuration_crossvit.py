@@ -27,8 +27,7 @@ from .timm_checkpoints import is_timm_config, read_model_config
 IntSequence = tuple[int, ...] | list[int]
 FloatSequence = tuple[float | int, ...] | list[float | int]
 
-# The fields that hold tuples
-SEQUENCES = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
+TUPLE_FIELDS = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
 
 def to_tuple(value: Any) -> Any:
@@ -155,7 +154,7 @@ class CrossViTConfig(RemoteCodeMixin, BackboneConfigMixin, PreTrainedConfig):
         if name in self.attribute_map:
             # Assign again by the real name, so that the type is checked
             return setattr(self, self.attribute_map[name], value)
-        if name not in SEQUENCES:
+        if name not in TUPLE_FIELDS:
             return super().__setattr__(name, value)
         # By default the output feature is the last one, which another `depth` may have changed
         has_default_features = "_out_features" in self.__dict__ and self._out_features == self.stage_names[-1:]
@@ -242,7 +241,9 @@ class CrossViTConfig(RemoteCodeMixin, BackboneConfigMixin, PreTrainedConfig):
         """As [`~PreTrainedConfig.get_config_dict`], and for the config.json of a timm checkpoint."""
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
         if is_timm_config(config_dict):
-            config_dict = read_model_config(config_dict)
+            # The commit, which later releases of Transformers do not pass on this way
+            commit = {name: value for name, value in config_dict.items() if name == "_commit_hash"}
+            config_dict = {**read_model_config(config_dict), **commit}
         return config_dict, kwargs
 
     def to_dict(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import numpy as np
 import PIL.Image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -30,6 +31,14 @@ from transformers.image_utils import (
 
 from .remote_code import RemoteCodeMixin
 from .timm_checkpoints import is_timm_config, read_image_processor_config
+
+
+def get_crop_offset(side: int, cropped_side: int) -> int:
+    """
+    The pixels before a center crop, or minus those of padding. As in torchvision, half of an odd margin is rounded to
+    an even number, and half of an odd padding is rounded down; the stock processor differs by one pixel in both.
+    """
+    return round((side - cropped_side) / 2) if side >= cropped_side else -((cropped_side - side) // 2)
 
 
 class CrossViTBaseImageProcessor(RemoteCodeMixin, BaseImageProcessor):
@@ -50,6 +59,29 @@ class CrossViTBaseImageProcessor(RemoteCodeMixin, BaseImageProcessor):
     do_rescale = True
     do_normalize = True
     do_convert_rgb = True
+
+    def get_resized_size(self, height: int, width: int) -> tuple[int, int]:
+        """The (height, width) of an image of `height` x `width` pixels after resizing, before the crop."""
+        size: Any = self.size
+        if not self.do_resize:
+            return height, width
+        if size.shortest_edge and size.longest_edge:
+            return get_size_with_aspect_ratio((height, width), size.shortest_edge, size.longest_edge)
+        if size.shortest_edge:
+            shorter = min(height, width)
+            return int(size.shortest_edge * height / shorter), int(size.shortest_edge * width / shorter)
+        return size.height, size.width
+
+    def get_crop_box(self, height: int, width: int) -> tuple[float, float, float, float]:
+        """
+        The (top, left, height, width) of what `pixel_values` show of an image of `height` x `width` pixels, in its own
+        pixels. The origin is negative where the image is padded.
+        """
+        resized, crop_size = self.get_resized_size(height, width), self.crop_size
+        cropped = (crop_size["height"], crop_size["width"]) if self.do_center_crop else resized
+        scales = height / resized[0], width / resized[1]
+        top, left = (get_crop_offset(*sides) * scale for *sides, scale in zip(resized, cropped, scales))
+        return top, left, cropped[0] * scales[0], cropped[1] * scales[1]
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """
@@ -165,7 +197,8 @@ class CrossViTImageProcessorPil(CrossViTBaseImageProcessor, PilBackend):
         """
         # The base class of transformers 5.10 resizes PIL images only to a height and width
         if isinstance(image, PIL.Image.Image) and size.shortest_edge and not size.longest_edge:
-            width, height = (int(size.shortest_edge * side / min(image.size)) for side in image.size)
+            shorter = min(image.size)
+            width, height = (int(size.shortest_edge * side / shorter) for side in image.size)
             size = SizeDict(height=height, width=width)
         elif not (size.height and size.width):
             image = to_array(image)
@@ -174,11 +207,10 @@ class CrossViTImageProcessorPil(CrossViTBaseImageProcessor, PilBackend):
     def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs) -> np.ndarray:
         """
         Crops (channels, height, width) to its central (channels, size.height, size.width) and pads smaller images with
-        zeros. As in torchvision, half of an odd margin is rounded to an even number of pixels, and half of an odd
-        padding is rounded down; the stock processor differs by one pixel in both.
+        zeros, as `get_crop_offset` says.
         """
-        top = max(0, round((image.shape[-2] - size.height) / 2))
-        left = max(0, round((image.shape[-1] - size.width) / 2))
+        top = max(0, get_crop_offset(image.shape[-2], size.height))
+        left = max(0, get_crop_offset(image.shape[-1], size.width))
         image = image[..., top : top + size.height, left : left + size.width]
         pad_height, pad_width = size.height - image.shape[-2], size.width - image.shape[-1]
         if pad_height == pad_width == 0:

@@ -27,7 +27,6 @@ arXiv:2103.14899). Reproduces the authors' code (IBM/CrossViT, models/crossvit.p
 
 import copy
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
@@ -37,6 +36,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -65,7 +65,8 @@ class CrossViTModelOutput(ModelOutput):
             embed_dim[branch])`.
         attentions (`tuple(torch.FloatTensor)`, *optional*, returned when `output_attentions=True`):
             Self-attention weights in the order stage, branch, layer, each of shape `(batch_size, num_heads[branch],
-            1 + num_patches, 1 + num_patches)`.
+            1 + num_patches, 1 + num_patches)`. Only `attn_implementation="eager"` returns them; the tuple of others is
+            empty.
         cross_attentions (`tuple(torch.FloatTensor)`, *optional*, returned when `output_attentions=True`):
             Cross-attention weights of the fusions in the order stage, branch, layer: from the class token of a branch
             to itself and the patches of the next branch, each of shape `(batch_size, num_heads[next branch], 1, 1 +
@@ -161,7 +162,7 @@ class CrossViTEmbeddings(CrossViTBranchTokens):
         num_patches = math.prod(self.get_grid_size(self.image_size))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim[branch]))
         self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + num_patches, config.embed_dim[branch]))
-        # CODEPATH: the dagger checkpoints (crossvit_*_dagger_*) have `multi_conv`, the others do not
+        # trf-ignore: TRF041 the dagger checkpoints (crossvit_*_dagger_*) have `multi_conv`, the others do not
         patch_embeddings_class = CrossViTConvPatchEmbeddings if config.multi_conv else CrossViTPatchEmbeddings
         self.patch_embeddings: nn.Module = patch_embeddings_class(config, branch)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -272,6 +273,7 @@ class CrossViTAttention(nn.Module):
         query_states: torch.Tensor,
         key_states: torch.Tensor,
         value_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Queries, keys, values `(batch_size, num_heads, tokens, head_dim)` -> `(batch_size, queries, embed_dim)`"""
@@ -283,7 +285,7 @@ class CrossViTAttention(nn.Module):
             query_states,
             key_states,
             value_states,
-            None,
+            attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             **kwargs,
@@ -299,11 +301,15 @@ class CrossViTSelfAttention(CrossViTAttention):
         self.qkv = nn.Linear(self.embed_dim, 3 * self.embed_dim, bias=config.qkv_bias)
 
     def forward(
-        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # (batch, tokens, 3 * dim) -> 3 x (batch, heads, tokens, head_dim)
         qkv_states = self.qkv(hidden_states).unflatten(2, (3, self.num_heads, self.head_dim))
-        return self.attend(*qkv_states.permute(2, 0, 3, 1, 4).unbind(0), **kwargs)
+        query_states, key_states, value_states = qkv_states.permute(2, 0, 3, 1, 4).unbind(0)
+        return self.attend(query_states, key_states, value_states, attention_mask, **kwargs)
 
 
 class CrossViTCrossAttention(CrossViTAttention):
@@ -322,9 +328,12 @@ class CrossViTCrossAttention(CrossViTAttention):
         self.v_proj = nn.Linear(self.embed_dim, self.embed_dim, bias=config.qkv_bias)
 
     def forward(
-        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if self.can_absorb_projections():
+        if attention_mask is None and self.can_absorb_projections():
             return self.absorbed_attention(hidden_states), None
 
         # (batch, tokens, dim) -> (batch, heads, tokens, head_dim), with one query; under tensor parallelism the heads
@@ -333,7 +342,7 @@ class CrossViTCrossAttention(CrossViTAttention):
         query_states = self.q_proj(hidden_states[:, :1]).unflatten(2, head_shape).transpose(1, 2)
         key_states = self.k_proj(hidden_states).unflatten(2, head_shape).transpose(1, 2)
         value_states = self.v_proj(hidden_states).unflatten(2, head_shape).transpose(1, 2)
-        return self.attend(query_states, key_states, value_states, **kwargs)
+        return self.attend(query_states, key_states, value_states, attention_mask, **kwargs)
 
     def can_absorb_projections(self) -> bool:
         # trf-ignore: TRF051 the other implementations return attention weights or were chosen for their kernels
@@ -502,13 +511,18 @@ class CrossViTFusion(CrossViTBranchTokens):
         self.reverse_projection = CrossViTProjection(config, next_branch, branch)
 
     def forward(
-        self, hidden_states: torch.Tensor, next_hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self,
+        hidden_states: torch.Tensor,
+        next_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         cls_token, patch_tokens = hidden_states[:, :1], hidden_states[:, 1:]
         # (batch, 1, dim) -> (batch, 1 + next patches, next dim)
         fused_tokens = torch.cat((self.projection(cls_token), next_hidden_states[:, 1:]), dim=1)
         for layer in self.layers:
-            fused_tokens = layer(fused_tokens, **kwargs)
+            fused_tokens = layer(fused_tokens, attention_mask=attention_mask, **kwargs)
+            attention_mask = None  # of the patches, which only the first layer attends to
         # (batch, 1, next dim) -> (batch, 1 + patches, dim)
         return torch.cat((self.reverse_projection(fused_tokens), patch_tokens), dim=1)
 
@@ -528,13 +542,25 @@ class CrossViTStage(nn.Module):
             for branch in range(config.num_branches)
         )
 
-    def forward(self, hidden_states: list[torch.Tensor], **kwargs: Unpack[TransformersKwargs]) -> list[torch.Tensor]:
-        hidden_states = [branch(tokens, **kwargs) for branch, tokens in zip(self.branches, hidden_states)]
+    def forward(
+        self,
+        hidden_states: list[torch.Tensor],
+        attention_masks: list[torch.Tensor | None],
+        cross_attention_masks: list[torch.Tensor | None],
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> list[torch.Tensor]:
+        hidden_states = [
+            branch(tokens, attention_mask=mask, **kwargs)
+            for branch, tokens, mask in zip(self.branches, hidden_states, attention_masks)
+        ]
         # Every fusion reads the tokens from before all fusions of the stage
         next_hidden_states = hidden_states[1:] + hidden_states[:1]
+        next_masks = cross_attention_masks[1:] + cross_attention_masks[:1]
         return [
-            fusion(tokens, next_tokens, **kwargs)
-            for fusion, tokens, next_tokens in zip(self.fusions, hidden_states, next_hidden_states)
+            fusion(tokens, next_tokens, attention_mask=next_mask, **kwargs)
+            for fusion, tokens, next_tokens, next_mask in zip(
+                self.fusions, hidden_states, next_hidden_states, next_masks
+            )
         ]
 
 
@@ -618,9 +644,9 @@ class CrossViTPreTrainedModel(PreTrainedModel):
         """As [`~PreTrainedModel.from_pretrained`], and for the weights of timm and of the authors' code."""
         return super().from_pretrained(*args, key_mapping=key_mapping, **kwargs)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *, save_original_format: bool = False, **kwargs):
+    def save_pretrained(self, *args, **kwargs):
         """As [`~PreTrainedModel.save_pretrained`], but a checkpoint of timm is saved with our names."""
-        super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
+        super().save_pretrained(*args, **{"save_original_format": False, **kwargs})
 
     @property
     def branch_embeddings(self) -> list[CrossViTEmbeddings]:
@@ -696,6 +722,7 @@ class CrossViTModel(CrossViTPreTrainedModel):
         self,
         pixel_values: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CrossViTModelOutput:
         r"""
@@ -707,11 +734,14 @@ class CrossViTModel(CrossViTPreTrainedModel):
                 Whether to keep the resolution of the images and interpolate the position embeddings. The first branch
                 then takes the images in their size, and each other branch in its ratio to the first, rounded to whole
                 patches.
+            attention_mask (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*):
+                Which tokens of all branches may be attended to (1) or not (0): those of the first branch, class token
+                first, then those of the next one, and so on.
             output_attentions, output_hidden_states, return_dict:
                 As in every model of Transformers.
 
         Raises:
-            `ValueError`: if `pixel_values` is empty, has another shape or is not in floating point.
+            `ValueError`: if `pixel_values` is empty or not in floating point, or if it or the mask has another shape.
 
         Example:
 
@@ -732,12 +762,30 @@ class CrossViTModel(CrossViTPreTrainedModel):
             embeddings(branch_images, interpolate_pos_encoding)
             for embeddings, branch_images in zip(self.embeddings, images)
         ]
+        attention_masks: list[torch.Tensor | None] = [None] * self.config.num_branches
+        cross_attention_masks = attention_masks
+        if attention_mask is not None:
+            num_tokens = [tokens.shape[1] for tokens in hidden_states]
+            shape = (len(pixel_values), sum(num_tokens))
+            if attention_mask.shape != shape:
+                raise ValueError(
+                    f"`attention_mask` must be of shape (batch_size, num_tokens), here {shape}, for the"
+                    f" {' + '.join(map(str, num_tokens))} tokens of the branches, got {tuple(attention_mask.shape)}."
+                )
+            branches = list(zip(hidden_states, attention_mask.split(num_tokens, dim=1)))
+            attention_masks = [create_bidirectional_mask(self.config, tokens, mask) for tokens, mask in branches]
+            # With one query, the class token of another branch
+            cross_attention_masks = [
+                create_bidirectional_mask(self.config, tokens[:, :1], mask, encoder_hidden_states=tokens)
+                for tokens, mask in branches
+            ]
         for stage in self.stages:
-            hidden_states = stage(hidden_states, **kwargs)
+            hidden_states = stage(hidden_states, attention_masks, cross_attention_masks, **kwargs)
 
         # Only the class tokens of the other branches are returned
-        last_hidden_state = self.layernorms[-1](hidden_states[-1])
-        cls_tokens = [layernorm(tokens[:, 0]) for layernorm, tokens in zip(self.layernorms[:-1], hidden_states)]
+        *other_layernorms, last_layernorm = self.layernorms
+        last_hidden_state = last_layernorm(hidden_states[-1])
+        cls_tokens = [layernorm(tokens[:, 0]) for layernorm, tokens in zip(other_layernorms, hidden_states)]
         cls_tokens.append(last_hidden_state[:, 0])
         # With a `device_map` the branches may be on different devices
         pooler_output = torch.cat([token.to(last_hidden_state.device) for token in cls_tokens], dim=-1)
@@ -776,12 +824,13 @@ class CrossViTForImageClassification(CrossViTPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CrossViTImageClassifierOutput:
         r"""
         Args:
-            pixel_values, interpolate_pos_encoding, output_attentions, output_hidden_states, return_dict:
-                As in [`CrossViTModel`].
+            pixel_values, interpolate_pos_encoding, attention_mask:
+                As in [`CrossViTModel`], as are `output_attentions`, `output_hidden_states` and `return_dict`.
             labels (`torch.Tensor`, *optional*):
                 Labels for the loss: class indices of shape `(batch_size,)` for cross-entropy, or floats of shape
                 `(batch_size, num_labels)`, either 0 or 1 for binary cross-entropy (multi-label classification) or
@@ -800,7 +849,7 @@ class CrossViTForImageClassification(CrossViTPreTrainedModel):
         ([2, 10], [2, 2, 10])
         ```"""
         outputs: CrossViTModelOutput = self.crossvit(
-            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
+            pixel_values, interpolate_pos_encoding, attention_mask, return_dict=True, **kwargs
         )
 
         branch_logits, logits = None, outputs.pooler_output
@@ -842,11 +891,12 @@ class CrossViTBackbone(BackboneMixin, CrossViTPreTrainedModel):
         self,
         pixel_values: torch.Tensor,
         interpolate_pos_encoding: bool = True,
+        attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BackboneOutput:
         r"""
         Args:
-            pixel_values, output_attentions, output_hidden_states, return_dict:
+            pixel_values, attention_mask, output_attentions, output_hidden_states, return_dict:
                 As in [`CrossViTModel`].
             interpolate_pos_encoding (`bool`, *optional*, defaults to `True`):
                 As in [`CrossViTModel`]. It is the default here: dense prediction needs maps in the resolution of the
@@ -869,7 +919,7 @@ class CrossViTBackbone(BackboneMixin, CrossViTPreTrainedModel):
         ```"""
         kwargs["output_hidden_states"] = True
         outputs: CrossViTModelOutput = self.crossvit(
-            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
+            pixel_values, interpolate_pos_encoding, attention_mask, return_dict=True, **kwargs
         )
 
         height, width = pixel_values.shape[-2:]

@@ -19,6 +19,7 @@ With `config.auto_map = dict(AUTO_MAP)`, and the same for the image processor, `
 
 import os
 import shutil
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ AUTO_MAP: dict[str, Any] = {
         "pil": "image_processing_crossvit.CrossViTImageProcessorPil",
     },
 }
+
+IS_SAVING: ContextVar[bool] = ContextVar("IS_SAVING", default=False)  # whether `save_pretrained` is running
 
 CODE_FILES = (
     "configuration_crossvit.py",
@@ -61,9 +64,17 @@ class RemoteCodeMixin:
     and one that was loaded by this package would lose its code.
     """
 
+    def save_pretrained(self, *args, **kwargs):
+        token = IS_SAVING.set(True)
+        try:
+            return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            IS_SAVING.reset(token)
+
     def to_json_file(self, json_file_path: str | os.PathLike, *args, **kwargs):
+        # Not before: a push uploads what was written after the start of `save_pretrained`
         auto_map = getattr(self, "auto_map", None) or {}
-        if any(is_carried(reference) for reference in auto_map.values()):
+        if IS_SAVING.get() and any(is_carried(reference) for reference in auto_map.values()):
             others = {name: reference for name, reference in auto_map.items() if not is_carried(reference)}
             self.auto_map = {**AUTO_MAP, **others}
             for file in CODE_FILES:

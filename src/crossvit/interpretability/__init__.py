@@ -15,7 +15,7 @@
 
 from .attention_maps import AttentionMap, AttentionMaps, CropRegion
 from .attribution import LogitsModel, TokensToMaps
-from .plotting import Picture, Scores, display_size, draw_attention, draw_rows, overlay
+from .plotting import ImageCell, ScoreCell, display_size, draw_attention, draw_rows, overlay
 from .rollout import attention_iou, attention_rollout
 
 
@@ -23,9 +23,9 @@ __all__ = [
     "AttentionMap",
     "AttentionMaps",
     "CropRegion",
+    "ImageCell",
     "LogitsModel",
-    "Picture",
-    "Scores",
+    "ScoreCell",
     "TokensToMaps",
     "attention_iou",
     "attention_rollout",

@@ -32,10 +32,9 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from transformers.image_transforms import get_resize_output_image_size, get_size_with_aspect_ratio
-from transformers.image_utils import ChannelDimension, load_image
+from transformers.image_utils import load_image
 
-from .rollout import attention_rollout, attention_weights_by_stage, select
+from .rollout import attention_rollout, attention_weights_by_stage, checked_index
 
 
 MAX_RESIZED_PIXELS = 16_000_000  # 213 times as long as wide at 274 pixels, 96 times at 408
@@ -59,18 +58,10 @@ class CropRegion:
     size: tuple[float, float]
 
     @classmethod
-    def from_processed(cls, image_processor: Any, image: PIL.Image.Image, pixel_values: torch.Tensor) -> "CropRegion":
-        """The crop of `image` that `image_processor` turned into `pixel_values` (1, channels, height, width)."""
-        image_size = (image.height, image.width)
-        origin, size = [], []
-        for side, resized, cropped in zip(
-            image_size, get_resized_size(image_processor, image), pixel_values.shape[-2:]
-        ):
-            # As in `center_crop` of the image processors
-            margin = round((resized - cropped) / 2) if resized >= cropped else -((cropped - resized) // 2)
-            origin.append(margin * side / resized)
-            size.append(cropped * side / resized)
-        return cls(image_size, (origin[0], origin[1]), (size[0], size[1]))
+    def from_image(cls, image_processor: Any, image: PIL.Image.Image) -> "CropRegion":
+        """The part of `image` that `image_processor` crops."""
+        top, left, height, width = image_processor.get_crop_box(image.height, image.width)
+        return cls((image.height, image.width), (top, left), (height, width))
 
     def align(self, values: np.ndarray, smooth: bool = False, image_size: tuple[int, int] | None = None) -> np.ndarray:
         """
@@ -208,7 +199,7 @@ class AttentionMaps:
         for entry in images:
             check_resized_size(image_processor, entry)
         pixel_values = image_processor([images] if is_per_branch else images, return_tensors="pt").pixel_values
-        crops = tuple(CropRegion.from_processed(image_processor, entry, pixel_values) for entry in images)
+        crops = tuple(CropRegion.from_image(image_processor, entry) for entry in images)
         with torch.no_grad(), eager_attention(model):
             self.outputs = model(
                 pixel_values.to(model.device, model.dtype),
@@ -240,10 +231,10 @@ class AttentionMaps:
         Raises:
             `ValueError`: if one of them is out of range.
         """
-        self_weights, _ = select("stage", stage, self._stages)
-        layers = select("branch", branch, self_weights)
-        weights = select("layer", layer, layers, f" in branch {branch} of stage {stage}")
-        return self._map(branch, branch, select("token", token, select_head(weights, head)))
+        self_weights, _ = checked_index("stage", stage, self._stages)
+        layers = checked_index("branch", branch, self_weights)
+        weights = checked_index("layer", layer, layers, f" in branch {branch} of stage {stage}")
+        return self._map(branch, branch, checked_index("token", token, select_head(weights, head)))
 
     def cross_attention(self, branch: int, stage: int = -1, head: int | None = None) -> AttentionMap:
         """
@@ -257,8 +248,8 @@ class AttentionMaps:
         Raises:
             `ValueError`: if one of them is out of range.
         """
-        _, cross_weights = select("stage", stage, self._stages)
-        weights = select("branch", branch, cross_weights)
+        _, cross_weights = checked_index("stage", stage, self._stages)
+        weights = checked_index("branch", branch, cross_weights)
         return self._map(branch, branch + 1, select_head(weights, head)[0])
 
     def class_token_maps(self, stage: int = -1, head: int | None = None) -> dict[str, AttentionMap]:
@@ -272,7 +263,7 @@ class AttentionMaps:
         """
         branches = range(self.config.num_branches)
         maps = {}
-        self_weights, _ = select("stage", stage, self._stages)
+        self_weights, _ = checked_index("stage", stage, self._stages)
         for branch, layers in zip(branches, self_weights):
             rows, columns = self.grid_sizes[branch]
             if layers:
@@ -303,29 +294,15 @@ class AttentionMaps:
     def _map(self, class_branch: int, patch_branch: int, weights: np.ndarray) -> AttentionMap:
         """The map of a token that attends to the class token of one branch and to the patches of one."""
         class_branch, patch_branch = (index % len(self.grid_sizes) for index in (class_branch, patch_branch))
-        patches = weights[1:].reshape(self.grid_sizes[patch_branch])
+        # A copy, since a view would keep the attention of all tokens
+        patches = weights[1:].reshape(self.grid_sizes[patch_branch]).copy()
         crops = {patch_branch: self.crops[patch_branch]}
         return AttentionMap({class_branch: float(weights[0])}, {patch_branch: patches}, crops)
 
 
-def get_resized_size(image_processor: Any, image: PIL.Image.Image) -> tuple[int, int]:
-    """The (height, width) of an image after the image processor has resized it, before it is cropped."""
-    size = image_processor.size
-    if not image_processor.do_resize:
-        return image.height, image.width
-    if size.shortest_edge and size.longest_edge:
-        return get_size_with_aspect_ratio((image.height, image.width), size.shortest_edge, size.longest_edge)
-    if size.shortest_edge:
-        shape_only = np.broadcast_to(np.uint8(0), (image.height, image.width, 3))  # without memory for its pixels
-        return get_resize_output_image_size(
-            shape_only, size.shortest_edge, default_to_square=False, input_data_format=ChannelDimension.LAST
-        )
-    return size.height, size.width
-
-
 def check_resized_size(image_processor: Any, image: PIL.Image.Image) -> None:
     """A `ValueError` refuses an image of which resizing would make gigabytes, before it is resized."""
-    height, width = get_resized_size(image_processor, image)
+    height, width = image_processor.get_resized_size(image.height, image.width)
     if height * width > max(MAX_RESIZED_PIXELS, image.height * image.width):
         raise ValueError(
             f"The image has {image.width}x{image.height} pixels (width x height) and would have {width}x{height} after"
@@ -350,5 +327,5 @@ def eager_attention(model: Any) -> Iterator[None]:
 
 def select_head(weights: torch.Tensor, head: int | None) -> np.ndarray:
     """(1, heads, queries, keys) -> (queries, keys) of a head, or the mean of all heads"""
-    heads = weights[0] if head is None else select("head", head, weights[0]).unsqueeze(0)
+    heads = weights[0] if head is None else checked_index("head", head, weights[0]).unsqueeze(0)
     return heads.cpu().double().mean(dim=0).numpy()

@@ -90,7 +90,7 @@ def draw_attention(
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageCell:
     """
     A cell of [`draw_rows`] with an image.
 
@@ -114,7 +114,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Scores:
+class ScoreCell:
     """
     A cell of [`draw_rows`] with a bar for each of the top labels.
 
@@ -140,13 +140,13 @@ class Scores:
         axis.spines[["top", "right", "bottom"]].set_visible(False)
 
 
-def draw_rows(rows: Sequence[Sequence[Picture | Scores | None]], heat: bool = False) -> "Figure":
+def draw_rows(rows: Sequence[Sequence[ImageCell | ScoreCell | None]], heat: bool = False) -> "Figure":
     """
     Draws rows of pictures and scores.
 
     Args:
-        rows (`Sequence[Sequence[Picture | Scores | None]]`): the cells, the same number in each row; `None` extends
-            the cell before it.
+        rows (`Sequence[Sequence[ImageCell | ScoreCell | None]]`): the cells, the same number in each row; `None`
+            extends the cell before it.
         heat (`bool`, *optional*, defaults to `False`): whether to add the color bar of an [`overlay`].
     """
     from matplotlib.cm import ScalarMappable
@@ -154,7 +154,9 @@ def draw_rows(rows: Sequence[Sequence[Picture | Scores | None]], heat: bool = Fa
     from matplotlib.figure import Figure
 
     # Rows are as high as their highest picture and its title
-    aspects = [max(cell.image.height / cell.image.width for cell in row if isinstance(cell, Picture)) for row in rows]
+    aspects = [
+        max(cell.image.height / cell.image.width for cell in row if isinstance(cell, ImageCell)) for row in rows
+    ]
     aspects = [min(max(aspect, 0.5), 3) for aspect in aspects]
     titles = [max((f"{cell.title}\n".count("\n") for cell in row if cell and cell.title), default=0) for row in rows]
     heights = [CELL * aspect + 0.2 * lines for aspect, lines in zip(aspects, titles)]
@@ -166,7 +168,7 @@ def draw_rows(rows: Sequence[Sequence[Picture | Scores | None]], heat: bool = Fa
         starts = [column for column, cell in enumerate(row) if cell is not None]
         for start, end in zip(starts, [*starts[1:], len(row)]):
             axes.append(figure.add_subplot(grid[number, start:end], xticks=[], yticks=[]))
-            axes[-1].set_box_aspect(aspects[number] / (end - start) if isinstance(row[start], Scores) else None)
+            axes[-1].set_box_aspect(aspects[number] / (end - start) if isinstance(row[start], ScoreCell) else None)
             row[start].draw(axes[-1])
     if heat:
         colors = ScalarMappable(LogNorm(1, MAX_HEAT), heat_colors())

@@ -84,7 +84,7 @@ def attention_rollout(outputs: Any, config: Any, branch: int | None = None) -> t
     stages = attention_weights_by_stage(outputs, config)
     branches = range(config.num_branches)
     if branch is not None:
-        branch = select("branch", branch, branches)
+        branch = checked_index("branch", branch, branches)
 
     # The rows of the class tokens in the product of all layers, (batch, 1 + patches) of each branch. From the last
     # layer to the first, only vectors are multiplied by matrices
@@ -154,7 +154,7 @@ def attention_iou(rollout: tuple[torch.Tensor, ...], masks: torch.Tensor, config
     return torch.stack(overlaps).mean(dim=0)
 
 
-def select(name: str, index: int, entries: Any, where: str = "") -> Any:
+def checked_index(name: str, index: int, entries: Any, where: str = "") -> Any:
     """The entry with this index, negative ones from the end; a `ValueError` names an index out of range."""
     if not -len(entries) <= index < len(entries):
         raise ValueError(f"`{name}={index}` is out of range: there are {len(entries)}{where}, counted from 0.")

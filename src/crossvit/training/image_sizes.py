@@ -25,17 +25,22 @@ PAPER_EDGE, PAPER_CROP = 8, 7  # the evaluation of the paper crops 240 of 274 pi
 def make_image_processor(config: CrossViTConfig) -> CrossViTImageProcessor:
     """An image processor for a model that has none yet."""
     processor = CrossViTImageProcessor()
-    set_processor_size(processor, config.image_sizes[0], PAPER_EDGE, PAPER_CROP)
+    set_processor_size(processor, config.image_sizes[0], (PAPER_EDGE, PAPER_CROP))
     return processor
 
 
-def set_processor_size(processor: Any, image_size: tuple[int, int], edge: int, crop: int) -> None:
-    """Sets the size of the images that a processor makes. Square ones are cropped from `edge` to `crop` pixels."""
+def set_processor_size(processor: Any, image_size: tuple[int, int], share: tuple[int, int] | None) -> None:
+    """
+    Sets the size of the images that a processor makes. Square ones are cropped to a share of their resized shortest
+    edge, the second number of `share` of the first; without it, images are resized without a crop.
+    """
     height, width = image_size
     processor.do_resize = processor.do_center_crop = True
     processor.crop_size = {"height": height, "width": width}
     # A center crop to a rectangle would cut off much of most images
-    processor.size = {"shortest_edge": height * edge // crop} if height == width else dict(processor.crop_size)
+    processor.size = dict(processor.crop_size)
+    if share and height == width:
+        processor.size = {"shortest_edge": height * share[0] // share[1]}
 
 
 def set_image_size(model: Any, processor: Any, height: int, width: int) -> None:
@@ -43,7 +48,8 @@ def set_image_size(model: Any, processor: Any, height: int, width: int) -> None:
     Changes the native image size of a model and of its image processor. The first branch takes images of `height` and
     `width` pixels; the others keep their ratio to it, rounded to whole patches.
 
-    The center crop of square images keeps its share of the image. Other images are resized without a crop.
+    The center crop of square images keeps its share of the image. Other images are resized without a crop, and so are
+    all images if the processor did that before.
 
     Args:
         model ([`CrossViTForImageClassification`]): its position embeddings are interpolated.
@@ -56,8 +62,10 @@ def set_image_size(model: Any, processor: Any, height: int, width: int) -> None:
         raise ValueError(f"The image size must be positive, got {height}x{width}.")
     sizes = tuple(embeddings.get_image_size(height, width, True) for embeddings in model.branch_embeddings)
     model.resize_position_embeddings(sizes)
-    edge, crop = processor.size.get("shortest_edge"), processor.crop_size["height"]
-    set_processor_size(processor, sizes[0], *((edge, crop) if edge and processor.do_center_crop else (1, 1)))
+    share = None
+    if edge := processor.size.get("shortest_edge"):
+        share = (edge, processor.crop_size["height"]) if processor.do_center_crop else (1, 1)
+    set_processor_size(processor, sizes[0], share)
 
 
 __all__ = ["make_image_processor", "set_image_size"]
