@@ -46,12 +46,11 @@ from model_card import make_model_card
 from reference import (
     VARIANTS,
     ConversionError,
-    architecture_of,
     create_timm_model,
     find_variant,
-    in_short,
     logits_differences,
     run,
+    shorten_list,
     to_timm_name,
 )
 from safetensors.torch import load_file
@@ -60,7 +59,12 @@ from transformers.utils import logging
 import crossvit
 from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
 from crossvit.remote_code import AUTO_MAP
-from crossvit.timm_checkpoints import is_timm_config, read_image_processor_config, read_model_config
+from crossvit.timm_checkpoints import (
+    ARCHITECTURES,
+    is_timm_config,
+    read_image_processor_config,
+    read_model_config,
+)
 
 
 WEIGHTS_NAMES = ("model.safetensors", "pytorch_model.bin")
@@ -174,7 +178,7 @@ def choose_entry(checkpoint: Any, entry: str | None, name: str) -> Mapping[str, 
     entries = [key for key, value in values if is_state_dict(value) and value]
     if entry in entries or (entry is None and len(entries) == 1):
         return checkpoint[entry or entries[0]]
-    raise ConversionError(f"{name} has weights under {in_short(entries, 9) or 'no name'}: choose one with --entry")
+    raise ConversionError(f"{name} has weights under {shorten_list(entries, 9) or 'no name'}: choose one with --entry")
 
 
 def find_problems(tensors: dict[str, torch.Tensor], timm_model: torch.nn.Module) -> list[str]:
@@ -195,7 +199,7 @@ def recognise(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     """What a config.json of timm's would say of the variant whose shapes are nearest to those of the tensors."""
     num_classes = len(tensors["head.0.bias"]) if "head.0.bias" in tensors else 1000
     candidates = []
-    for architecture in map(architecture_of, VARIANTS.values()):
+    for architecture in ARCHITECTURES:
         pretrained_cfg = timm.models.get_pretrained_cfg(architecture).to_dict()
         candidates.append({"architecture": architecture, "num_classes": num_classes, "pretrained_cfg": pretrained_cfg})
     return min(candidates, key=lambda candidate: len(find_problems(tensors, timm_model_of(candidate))))
@@ -250,7 +254,7 @@ def read_source(
     if problems := find_problems(tensors, timm_model):
         expected = timm_config.get("architecture", "model of this configuration")
         raise ConversionError(
-            f"{source.weights.name} is not a whole {expected}: {in_short(problems)}. Describe another architecture"
+            f"{source.weights.name} is not a whole {expected}: {shorten_list(problems)}. Describe another architecture"
             " with --config."
         )
     if options.labels:
@@ -311,7 +315,9 @@ def check_output(output: Path, overwrite: bool):
     except (OSError, ValueError, LookupError, TypeError):
         foreign = ["no conversion.json of this command"]
     if foreign or output.is_symlink():
-        raise ConversionError(f"{output} is not replaced, since this command did not write it: {in_short(foreign)}")
+        raise ConversionError(
+            f"{output} is not replaced, since this command did not write it: {shorten_list(foreign)}"
+        )
 
 
 def load_equal(checkpoint: str, model: CrossViTForImageClassification) -> CrossViTForImageClassification:
@@ -320,7 +326,7 @@ def load_equal(checkpoint: str, model: CrossViTForImageClassification) -> CrossV
     tensors, expected = loaded.state_dict(), model.state_dict()
     different = [name for name in expected if name not in tensors or not torch.equal(tensors[name], expected[name])]
     if different:
-        raise ConversionError(f"{checkpoint} has other weights than the source: {in_short(different)}")
+        raise ConversionError(f"{checkpoint} has other weights than the source: {shorten_list(different)}")
     return loaded
 
 

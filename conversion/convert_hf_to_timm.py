@@ -28,7 +28,7 @@ from typing import Any
 
 import timm
 import torch
-from reference import ConversionError, create_timm_model, in_short, logits_differences, run, to_transformers_name
+from reference import ConversionError, create_timm_model, logits_differences, run, shorten_list, to_transformers_name
 from transformers.image_utils import PILImageResampling
 from transformers.utils import logging
 
@@ -78,7 +78,7 @@ def convert(options: argparse.Namespace):
     model, info = loaded
     if problems := [name for names in info.values() for name in names]:
         raise ConversionError(
-            f"{options.checkpoint} is not a whole classifier: {in_short(sorted(map(str, problems)))}"
+            f"{options.checkpoint} is not a whole classifier: {shorten_list(sorted(map(str, problems)))}"
         )
     weights, config = model.state_dict(), model.config
     timm_model = create_timm_model(config)

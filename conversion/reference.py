@@ -26,10 +26,10 @@ import torch
 from torch import nn
 
 from crossvit import CrossViTConfig
-from crossvit.timm_checkpoints import KEY_MAPPING
+from crossvit.timm_checkpoints import ARCHITECTURES, KEY_MAPPING
 
 
-# The eleven published models by name: configuration, preprocessing, size and published accuracy
+# The eleven published models by name: architecture, preprocessing, size and published accuracy
 VARIANTS = {variant["name"]: variant for variant in json.loads(Path(__file__).with_name("variants.json").read_text())}
 
 # Bound on the difference of logits in float64, where rounding causes 1e-13. In float32 it causes up to 1e-5, depending
@@ -54,7 +54,7 @@ def run(command: Callable[[], None]) -> None:
         sys.exit(1)
 
 
-def in_short(items: list[str], limit: int = 3) -> str:
+def shorten_list(items: list[str], limit: int = 3) -> str:
     return ", ".join(items[:limit]) + (f" and {len(items) - limit} more" if len(items) > limit else "")
 
 
@@ -72,17 +72,13 @@ def to_transformers_name(timm_name: str) -> str:
     return name if name.startswith("classifier.") else f"crossvit.{name}"
 
 
-def architecture_of(variant: dict[str, Any]) -> str:
-    """timm's name of the architecture of a variant, such as `crossvit_15_240`."""
-    return variant["timm_id"].removeprefix("timm/").split(".")[0]
-
-
 def find_variant(config: CrossViTConfig) -> dict[str, Any] | None:
     """The published variant with the architecture of a configuration, whatever its classes, channels and dropout."""
     for variant in VARIANTS.values():
-        published = CrossViTConfig(**variant["config"])
-        names = ("image_sizes", *variant["config"])
-        if all(getattr(config, name) == getattr(published, name) for name in names if name != "image_size"):
+        architecture = ARCHITECTURES[variant["architecture"]]
+        published = CrossViTConfig(**architecture)
+        names = {"image_sizes", "qkv_bias", "layer_norm_eps", *architecture} - {"image_size"}
+        if all(getattr(config, name) == getattr(published, name) for name in names):
             return variant
     return None
 
@@ -120,7 +116,7 @@ def create_timm_model(config: CrossViTConfig) -> nn.Module:
         arguments = timm_arguments(config)
     with torch.device("meta"):
         return timm.create_model(
-            architecture_of(variant), num_classes=config.num_labels, in_chans=config.num_channels, **arguments
+            variant["architecture"], num_classes=config.num_labels, in_chans=config.num_channels, **arguments
         )
 
 

@@ -43,6 +43,7 @@ from tqdm import tqdm
 from transformers import TrainingArguments
 
 from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
+from crossvit.timm_checkpoints import ARCHITECTURES
 from crossvit.training.augmentation import AugmentationArguments, Collator, TrainingTransform
 from crossvit.training.learning_rates import cosine_by_epoch
 
@@ -111,7 +112,7 @@ def load_model_config(args: PretrainArguments) -> tuple[CrossViTConfig, CrossViT
     processor = CrossViTImageProcessor(
         size={"shortest_edge": preprocessing["resize_shortest_edge"]}, crop_size={"height": side, "width": side}
     )
-    return CrossViTConfig(**variant["config"], drop_path_rate=args.drop_path_rate), processor
+    return CrossViTConfig(**ARCHITECTURES[variant["architecture"]], drop_path_rate=args.drop_path_rate), processor
 
 
 def set_batch_and_learning_rate(recipe: PretrainArguments, args: TrainingArguments) -> None:

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import crossvit
 from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor
 from crossvit.interpretability import AttentionMaps, attention_iou, attention_rollout, draw_attention
+from crossvit.timm_checkpoints import ARCHITECTURES
 
 
 ROOT = Path(__file__).parents[1]
@@ -159,7 +160,7 @@ def test_table_of_variants():
     rows = re.findall(rf"^\| {columns} \|", PAGES["README.md"], flags=re.MULTILINE)
     assert [name for name, *_ in rows] == list(VARIANTS)
     for name, parameters, multiply_adds, *numbers in rows:
-        config = CrossViTConfig(**VARIANTS[name]["config"], num_labels=1000)
+        config = CrossViTConfig(**ARCHITECTURES[VARIANTS[name]["architecture"]], num_labels=1000)
         with torch.device("meta"):
             model: Any = CrossViTForImageClassification._from_config(config, attn_implementation="eager").eval()
             with FlopCounterMode(display=False) as counter, torch.no_grad():

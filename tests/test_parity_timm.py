@@ -10,7 +10,7 @@ implementations was 2.6e-6, of logits up to 2.9; 1e-5 is the promise. To see the
 import pytest
 import timm
 import torch
-from reference import VARIANTS, to_transformers_name
+from reference import to_transformers_name
 from scipy.stats import ks_2samp
 from timm.layers import DropPath
 from timm.models.crossvit import MultiScaleBlock
@@ -18,6 +18,7 @@ from timm_reference import our_state_dict, perturb, timm_of_config, timm_variant
 
 from crossvit import CrossViTBackbone, CrossViTConfig, CrossViTForImageClassification
 from crossvit.modeling_crossvit import CrossViTDropPath
+from crossvit.timm_checkpoints import ARCHITECTURES
 
 
 LOGITS_TOLERANCE = 1e-5
@@ -32,7 +33,7 @@ def create_on_meta(config: CrossViTConfig) -> CrossViTForImageClassification:
 
 
 def config_of(variant: dict, **kwargs) -> CrossViTConfig:
-    return CrossViTConfig(**variant["config"], num_labels=1000, **kwargs)
+    return CrossViTConfig(**ARCHITECTURES[variant["architecture"]], num_labels=1000, **kwargs)
 
 
 def with_weights_of(config: CrossViTConfig, reference: torch.nn.Module) -> CrossViTForImageClassification:
@@ -81,7 +82,7 @@ def test_logits_and_stage_tokens_equal_timm(variant):
 
 
 def test_default_config_is_crossvit_15():
-    assert CrossViTConfig(**VARIANTS["crossvit_15"]["config"]).to_dict() == CrossViTConfig().to_dict()
+    assert CrossViTConfig(**ARCHITECTURES["crossvit_15_240"]).to_dict() == CrossViTConfig().to_dict()
 
 
 @pytest.mark.parametrize("shape", [(3, 240, 240), *IMAGE_FOR_EACH_BRANCH])

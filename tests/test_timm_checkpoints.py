@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 import timm
 import torch
-from reference import VARIANTS, architecture_of, to_transformers_name
+from reference import VARIANTS, to_transformers_name
 from reference_files import assert_same_weights, ibm_names, lucid_names, published_config, save_timm_folder, small_timm
 from safetensors.torch import load_file
 from timm_reference import timm_variant
@@ -60,13 +60,14 @@ def assert_equal_logits(model, reference):
 
 
 def test_published_configurations(variant, tmp_path):
-    present = published_config(architecture_of(variant))
+    present = published_config(variant["architecture"])
     old = {**present["pretrained_cfg"], "architecture": present["architecture"], "num_classes": 1000}
-    expected, preprocessing = CrossViTConfig(**variant["config"]), variant["preprocessing"]
+    architecture, preprocessing = ARCHITECTURES[variant["architecture"]], variant["preprocessing"]
+    expected = CrossViTConfig(**architecture)
     for timm_config in (present, old):
         folder = write_config(tmp_path / "timm", timm_config)
         config = CrossViTConfig.from_pretrained(folder)
-        for name in ("image_sizes", "num_channels", *variant["config"].keys() - {"image_size"}):
+        for name in ("image_sizes", "num_channels", *architecture.keys() - {"image_size"}):
             assert getattr(config, name) == getattr(expected, name), name
 
         processor = CrossViTImageProcessor.from_pretrained(folder)
@@ -87,7 +88,7 @@ def test_published_checkpoints_have_the_classes_of_imagenet(tmp_path):
 
 def test_architectures_are_those_of_timm():
     assert set(ARCHITECTURES) == set(timm.list_models("crossvit_*"))
-    assert set(ARCHITECTURES) == {architecture_of(variant) for variant in VARIANTS.values()}
+    assert set(ARCHITECTURES) == {variant["architecture"] for variant in VARIANTS.values()}
 
 
 def test_published_weights(tmp_path, image):

@@ -37,6 +37,7 @@ from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, T
 from transformers.utils.logging import disable_progress_bar
 
 from crossvit import CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor, CrossViTImageProcessorPil
+from crossvit.timm_checkpoints import ARCHITECTURES
 from crossvit.training.augmentation import (
     AugmentationArguments,
     Collator,
@@ -123,7 +124,7 @@ def build_model(name: str, cell: Cell) -> Any:
         return wrapper.eval()
     return CrossViTForImageClassification.from_pretrained(
         None,
-        config=CrossViTConfig(**cell.variant["config"], **options),
+        config=CrossViTConfig(**ARCHITECTURES[cell.variant["architecture"]], **options),
         state_dict=timm_model.state_dict(),
         attn_implementation=cell.attn_implementation,
     )
