@@ -1,11 +1,8 @@
 """The attention implementations that importing the package registers."""
 
-import copy
-
 import pytest
 import torch
 from timm_reference import perturb
-from transformers import AutoModel, BertConfig
 
 from crossvit import CrossViTForImageClassification, attention
 from crossvit.attention import blockwise_attention_forward
@@ -73,14 +70,3 @@ def test_traced_programs_take_any_batch(small_config, compiler, monkeypatch):
     for batch_size in (1, 2, 7):
         pixel_values = torch.randn(batch_size, 3, 36, 36)
         torch.testing.assert_close(program(pixel_values)["logits"], model(pixel_values).logits, atol=1e-5, rtol=0)
-
-
-@torch.no_grad()
-def test_masked_attention_is_that_of_sdpa():
-    config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
-    model = AutoModel.from_config(config).eval()
-    inputs = {"input_ids": torch.arange(8).view(2, 4), "attention_mask": torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])}
-    expected = model(**inputs).last_hidden_state
-    blockwise = copy.deepcopy(model)
-    blockwise.set_attn_implementation("blockwise")
-    torch.testing.assert_close(blockwise(**inputs).last_hidden_state, expected)

@@ -1,5 +1,7 @@
 """Masks guide the attention of a classifier: the loss, its gradient, the metric and the command."""
 
+import re
+
 import datasets
 import numpy as np
 import PIL.Image
@@ -220,3 +222,11 @@ def test_two_processes_are_guided_as_one(finetune, finetune_options, photos, tmp
 )
 def test_wrong_options_are_named(failure, finetune_options, photos, options, message):
     assert message in failure("finetune", *finetune_options("--image_columns", "photo", *options, data=photos))
+
+
+def test_example_trains_two_models_and_draws_them(example, tmp_path):
+    output, _ = example("guided_attention", "--images", 32, "--epochs", 1, "--output", tmp_path / "new")
+    assert len(re.findall(r"accuracy [\d.]+%, IoU 0\.\d\d$", output, flags=re.MULTILINE)) == 2
+    with PIL.Image.open(tmp_path / "new" / "guided_attention.png") as picture:
+        assert picture.width > picture.height > 600
+    assert CrossViTForImageClassification.from_pretrained(tmp_path / "new").config.id2label[2] == "triangle"

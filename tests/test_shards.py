@@ -12,7 +12,7 @@ import pytest
 from common.errors import CommandError
 from examples_in_process import results
 from image_folders import CLASSES, image_bytes, image_rows, samples, write_files, write_images, write_shard
-from test_data import SOME_OF, STRING, contents, load, refused, save
+from test_labelled_images import SOME_OF, STRING, contents, load, refused, save
 from transformers import AutoConfig
 
 
