@@ -722,7 +722,6 @@ class CrossViTModel(CrossViTPreTrainedModel):
         self,
         pixel_values: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CrossViTModelOutput:
         r"""
@@ -734,7 +733,7 @@ class CrossViTModel(CrossViTPreTrainedModel):
                 Whether to keep the resolution of the images and interpolate the position embeddings. The first branch
                 then takes the images in their size, and each other branch in its ratio to the first, rounded to whole
                 patches.
-            attention_mask (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*):
+            attention_mask (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*, a keyword argument):
                 Which tokens of all branches may be attended to (1) or not (0): those of the first branch, class token
                 first, then those of the next one, and so on.
             output_attentions, output_hidden_states, return_dict:
@@ -755,6 +754,8 @@ class CrossViTModel(CrossViTPreTrainedModel):
         ([1, 197, 384], [1, 576])
         ```"""
         check_pixel_values(pixel_values, self.config)
+        # Not a parameter: tests and tools of Transformers take a model that names it for one with a single sequence
+        attention_mask: torch.Tensor | None = kwargs.pop("attention_mask", None)  # type: ignore[typeddict-item]
 
         # (batch, channels, height, width) for each branch
         images = pixel_values.unbind(1) if pixel_values.ndim == 5 else [pixel_values] * self.config.num_branches
@@ -824,13 +825,12 @@ class CrossViTForImageClassification(CrossViTPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CrossViTImageClassifierOutput:
         r"""
         Args:
-            pixel_values, interpolate_pos_encoding, attention_mask:
-                As in [`CrossViTModel`], as are `output_attentions`, `output_hidden_states` and `return_dict`.
+            pixel_values, interpolate_pos_encoding, output_attentions, output_hidden_states, return_dict:
+                As in [`CrossViTModel`], and so is `attention_mask`.
             labels (`torch.Tensor`, *optional*):
                 Labels for the loss: class indices of shape `(batch_size,)` for cross-entropy, or floats of shape
                 `(batch_size, num_labels)`, either 0 or 1 for binary cross-entropy (multi-label classification) or
@@ -849,7 +849,7 @@ class CrossViTForImageClassification(CrossViTPreTrainedModel):
         ([2, 10], [2, 2, 10])
         ```"""
         outputs: CrossViTModelOutput = self.crossvit(
-            pixel_values, interpolate_pos_encoding, attention_mask, return_dict=True, **kwargs
+            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
         )
 
         branch_logits, logits = None, outputs.pooler_output
@@ -891,13 +891,12 @@ class CrossViTBackbone(BackboneMixin, CrossViTPreTrainedModel):
         self,
         pixel_values: torch.Tensor,
         interpolate_pos_encoding: bool = True,
-        attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BackboneOutput:
         r"""
         Args:
-            pixel_values, attention_mask, output_attentions, output_hidden_states, return_dict:
-                As in [`CrossViTModel`].
+            pixel_values, output_attentions, output_hidden_states, return_dict:
+                As in [`CrossViTModel`], and so is `attention_mask`.
             interpolate_pos_encoding (`bool`, *optional*, defaults to `True`):
                 As in [`CrossViTModel`]. It is the default here: dense prediction needs maps in the resolution of the
                 images, and the models that use a backbone pass it the images only.
@@ -919,7 +918,7 @@ class CrossViTBackbone(BackboneMixin, CrossViTPreTrainedModel):
         ```"""
         kwargs["output_hidden_states"] = True
         outputs: CrossViTModelOutput = self.crossvit(
-            pixel_values, interpolate_pos_encoding, attention_mask, return_dict=True, **kwargs
+            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
         )
 
         height, width = pixel_values.shape[-2:]
