@@ -178,7 +178,8 @@ def choose_entry(checkpoint: Any, entry: str | None, name: str) -> Mapping[str, 
     entries = [key for key, value in values if is_state_dict(value) and value]
     if entry in entries or (entry is None and len(entries) == 1):
         return checkpoint[entry or entries[0]]
-    raise ConversionError(f"{name} has weights under {shorten_list(entries, 9) or 'no name'}: choose one with --entry")
+    found = f"state dicts under {shorten_list(entries, 9)}: choose one with --entry" if entries else "no state dict"
+    raise ConversionError(f"{name} contains {found}")
 
 
 def find_problems(tensors: dict[str, torch.Tensor], timm_model: torch.nn.Module) -> list[str]:
@@ -195,7 +196,7 @@ def find_problems(tensors: dict[str, torch.Tensor], timm_model: torch.nn.Module)
     ]
 
 
-def recognise(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+def recognize(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     """What a config.json of timm's would say of the variant whose shapes are nearest to those of the tensors."""
     num_classes = len(tensors["head.0.bias"]) if "head.0.bias" in tensors else 1000
     candidates = []
@@ -247,7 +248,7 @@ def read_source(
         timm_config = {"pretrained_cfg": {"input_size": (channels, height, width), **crop}}
     else:
         if not is_timm_config(timm_config):
-            timm_config = recognise(tensors)
+            timm_config = recognize(tensors)
         config = CrossViTConfig(**read_model_config(timm_config))
         timm_model = timm_model_of(timm_config)
     processor = CrossViTImageProcessor(**read_image_processor_config(timm_config))
@@ -339,7 +340,11 @@ def main():
     )
     parser.add_argument("output", type=Path, help="the folder to create, or the checkpoint to verify")
     parser.add_argument("--revision", help="branch, tag or commit of the source's repository")
-    parser.add_argument("--config", type=Path, help="config.json of this package or of timm, where shapes do not tell")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        help="our or timm's config.json; needed if the architecture cannot be inferred from the shapes",
+    )
     parser.add_argument("--entry", help="which weights of a training checkpoint: model, model_ema, ...")
     parser.add_argument("--labels", type=Path, help="names of the classes: a line each, or a JSON list or object")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier conversion in OUTPUT")

@@ -114,7 +114,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a folder or repository of the Hub with a CrossViTForImageClassification")
     parser.add_argument("output", type=Path, help="the folder to create")
-    parser.add_argument("--format", choices=("timm", "ibm"), default="timm", help="whose names the weights get")
+    parser.add_argument("--format", choices=("timm", "ibm"), default="timm", help="weight naming scheme")
     parser.add_argument("--revision", help="branch, tag or commit of a repository")
     options = parser.parse_args()
     logging.disable_progress_bar()

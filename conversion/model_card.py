@@ -65,7 +65,7 @@ def find_published(source: dict[str, str]) -> dict[str, Any] | None:
 
 def make_model_card(config: CrossViTConfig, record: dict[str, Any], repo_id: str | None = None) -> str:
     """
-    The model card, which claims data set, accuracy and licence only for published weights.
+    The model card, which claims dataset, accuracy and license only for published weights.
 
     Args:
         config (`CrossViTConfig`): the configuration of the checkpoint.
@@ -79,7 +79,7 @@ def make_model_card(config: CrossViTConfig, record: dict[str, Any], repo_id: str
         "pipeline_tag": "image-classification",
         "tags": ["vision", "image-classification", "crossvit"],
     }
-    origin = "Training data, licence and accuracy are not recorded in the source: say them here before publishing."
+    origin = "Training data, license and accuracy are not recorded in the source: add them here before publishing."
     if published:
         top1, top5 = published["imagenet_top1"], published["imagenet_top5"]
         results = {"accuracy": top1["timm"], "top_5_accuracy": top5["timm"]}

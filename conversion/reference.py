@@ -95,7 +95,7 @@ def timm_arguments(config: CrossViTConfig) -> dict[str, Any]:
             raise ConversionError(f"the model has {name}={getattr(config, name)!r}, timm's CrossViT has {value!r}")
     if any(0 in layers for *layers, _ in config.depth) or any(first > second for first, second, _ in config.depth):
         raise ConversionError(
-            f"timm runs no stage whose first branch has more layers than the second, or a branch none: {config.depth}"
+            f"timm requires 1 <= layers of branch 0 <= layers of branch 1 in every stage, got depth {config.depth}"
         )
     names = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "multi_conv", "qkv_bias")
     first, second = config.image_sizes

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Measures a CrossViT's accuracy on labelled images from a folder, a saved data set or the Hub, optionally streamed.
+"""Measures a CrossViT's accuracy on labelled images from a folder, a saved dataset or the Hub, optionally streamed.
 
 python examples/evaluate_checkpoint.py --model timm/crossvit_15_240.in1k --data imagenet/val --dtype bfloat16
 torchrun --nproc_per_node 8 examples/evaluate_checkpoint.py ...      # on several devices, with the same result
@@ -126,7 +126,7 @@ def print_table(results: dict[str, Any], published: dict[str, Any] | None) -> No
 def main() -> None:
     args, source = parse(make_parser([EvaluationArguments, ImageSource], __doc__, {}))
     if not args.model:
-        raise CommandError("give --model, a CrossViT, and --data, a folder of images or a data set of the Hub")
+        raise CommandError("give --model, a CrossViT, and --data, a folder of images or a dataset of the Hub")
     training_args = TrainingArguments(
         output_dir=tempfile.gettempdir(),  # the Trainer would create a folder, though it writes nothing
         per_device_eval_batch_size=args.batch_size,

@@ -220,7 +220,7 @@ logits = program({{"pixel_values": pixel_values.numpy()}})["logits"]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", required=True, help="folder of images, or data set on the Hub, as for finetune.py")
+    add("--data", required=True, help="folder of images, or dataset on the Hub, as for finetune.py")
     add("--image_columns", nargs="+", help="one for all branches or one for each; default: the only one")
     add("--model", default=DEFAULT_MODEL, help="folder or Hub id; default: %(default)s")
     add("--output_dir", type=Path, default=Path("outputs/export"), help="new or empty; default: %(default)s")

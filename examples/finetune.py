@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Fine-tunes a CrossViT on your own images, from a folder, a saved data set or the Hub, or trains one from scratch.
+"""Fine-tunes a CrossViT on your own images, from a folder, a saved dataset or the Hub, or trains one from scratch.
 
     python examples/finetune.py --model timm/crossvit_15_240.in1k --data photos --output_dir outputs/photos
 
@@ -65,10 +65,10 @@ class ModelArguments:
     """Which model to train, and how much of it."""
 
     model: str | None = field(
-        default=None, metadata={"help": "Folder or Hub id of a CrossViT to fine-tune, timm's too."}
+        default=None, metadata={"help": "CrossViT checkpoint to fine-tune, timm's too (folder or Hub ID)."}
     )
     config: str | None = field(
-        default=None, metadata={"help": "Instead: folder, file or Hub id of a configuration to train from scratch."}
+        default=None, metadata={"help": "Config to train from scratch, instead of --model (folder, file or Hub ID)."}
     )
     image_size: str | None = field(
         default=None, metadata={"help": "Native image size in pixels, 224 or 256x128 (height x width)."}

@@ -177,7 +177,7 @@ def classify(model_name: str, paths: list[str], output: Path) -> None:
     figure = draw_rows(rows, heat=True)
     if mistakes:
         first = len(mistakes[:2])
-        note = f"{first} of {len(mistakes)} wrong predictions come first (orange): they show the model's limits"
+        note = f"First rows (orange): {first} of the {len(mistakes)} misclassified digits"
         figure.suptitle(note)
         print(note)
     figure.savefig(output / "quickstart.png")

@@ -145,7 +145,7 @@ def main() -> None:
         if labels:
             own = np.array([label(path) for path in found])
             share = (own[nearest] == own[:, None]).mean()
-            print(f"{share:.1%} of the {nearest.shape[1]} nearest of {len(found):,} images have the same label")
+            print(f"Precision@{nearest.shape[1]} over {len(found):,} images: {share:.1%}")
         shown = np.linspace(0, len(found) - 1, min(MAX_ROWS, len(found))).astype(int)
         results = [(found[index], others(found[index], nearest[index], distances[index])) for index in shown]
 

@@ -1,4 +1,4 @@
-"""Small images, folders of them and data sets."""
+"""Small images, folders of them and datasets."""
 
 import io
 import json

@@ -325,7 +325,7 @@ def test_space_needs_only_its_folder(serve, browser, example, failure, checkpoin
 
 
 def test_missing_model_is_named(failure, tmp_path):
-    assert "typo: no CrossViT in such a folder or on the Hub" in failure("app", "--model", tmp_path / "typo")
+    assert "typo: not a CrossViT checkpoint, locally or on the Hub" in failure("app", "--model", tmp_path / "typo")
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_what_is_wrong_is_named(failure, checkpoint, photos, tmp_path):
     for arguments, message in (
         ((photos / "b" / "cut.png",), "no image that can be read in "),
         ((tmp_path / "empty",), "no image that can be read in "),
-        ((photos, "--model", tmp_path / "typo"), "typo: no CrossViT"),
+        ((photos, "--model", tmp_path / "typo"), "typo: not a CrossViT checkpoint"),
         ((photos, "--batch_size", 0), "--batch_size must be at least 1"),
     ):
         assert message in failure("classify", "--model", checkpoint, *arguments)

@@ -88,9 +88,9 @@ def test_output_has_everything(convert, tmp_path):
     assert record["files"] == sorted(written)
     assert {path.name for path in output.iterdir()} == {*written, "conversion.json"}
     assert record["source"]["file"] == "timm/model.safetensors" and len(record["source"]["sha256"]) == 64
-    # The origin of these weights is not known, so the card claims neither a licence nor an accuracy
+    # The origin of these weights is not known, so the card claims neither a license nor an accuracy
     card = (output / "README.md").read_text()
-    assert "license" not in card and "eval_results" not in card and str(tmp_path) not in card
+    assert "license:" not in card and "eval_results" not in card and str(tmp_path) not in card
 
 
 @pytest.mark.parametrize(
@@ -172,10 +172,10 @@ def test_configurations_of_this_package(convert, convert_back, small_config, tmp
     assert_same_weights(load_file(convert_back(output) / "model.safetensors"), reference.state_dict())
 
 
-def test_fine_tuned_variants_are_recognised():
+def test_fine_tuned_variants_are_recognized():
     with torch.device("meta"):
         tensors = timm.create_model("crossvit_15_dagger_408", num_classes=3).state_dict()
-    config = convert_crossvit_to_hf.recognise(tensors)
+    config = convert_crossvit_to_hf.recognize(tensors)
     assert (config["architecture"], config["num_classes"]) == ("crossvit_15_dagger_408", 3)
 
 

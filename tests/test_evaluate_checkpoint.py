@@ -104,7 +104,7 @@ def test_other_names_of_classes_are_never_guessed(measure, refusal, zoo):
     "wrong, message",
     [
         (["--split", "tset"], "--split is one of"),
-        (["--data", "missing"], "missing: no data set"),
+        (["--data", "missing"], "missing: no dataset"),
         (["--model", "missing"], "missing: no CrossViT"),
         (["--data", ""], "give --data"),
     ],

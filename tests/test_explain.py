@@ -55,7 +55,7 @@ def test_what_is_wrong_is_named(failure, checkpoint, tmp_path):
     for arguments, message in (
         (("typo.png",), "typo.png"),
         ((tmp_path / "text.png",), "text.png: not an image of the formats"),
-        ((tmp_path / "image.png", "--model", tmp_path / "typo"), "typo: no CrossViT"),
+        ((tmp_path / "image.png", "--model", tmp_path / "typo"), "typo: not a CrossViT checkpoint"),
         ((*[tmp_path / "image.png"] * 3, "--model", checkpoint), "one image or 2"),
     ):
         assert message in failure("explain", *arguments)

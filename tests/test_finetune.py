@@ -221,7 +221,7 @@ def test_push_to_the_hub(hub, finetune_options, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--data", "missing"], "missing: no data set in such a folder or on the Hub"),
+        (["--data", "missing"], "missing: not a dataset, locally or on the Hub"),
         (["--data", ""], "give --data"),
         (["--config", "missing"], "missing: no configuration of a CrossViT"),
         (["--model", "missing"], "give --model, a CrossViT to fine-tune, or --config"),
@@ -230,7 +230,7 @@ def test_push_to_the_hub(hub, finetune_options, tmp_path):
         (["--lora_rank", "-1"], "--lora_rank -1: must be 0 or more"),
         (["--layer_decay", "2"], "`layer_decay` must be above 0 and at most 1, such as 0.75, got 2.0"),
         (["--confg", "x"], "unrecognized arguments: --confg"),
-        (["--streaming"], "--streaming: a stream has no known end"),
+        (["--streaming"], "--streaming requires --max_steps"),
         (["--image_columns", "image", "image", "image"], "--image_columns image image image: the model takes one"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -252,7 +252,7 @@ def test_what_was_found_is_printed_and_where_a_run_goes_on(example, finetune_opt
     # The end is reached already, and images that were moved are the same
     zoo.rename(tmp_path / "moved")
     output, _ = example("finetune", *finetune_options("--num_train_epochs", "1", data=tmp_path / "moved"))
-    assert f"Going on from {tmp_path / 'tuned' / 'checkpoint-3'}" in output
+    assert f"Resuming from {tmp_path / 'tuned' / 'checkpoint-3'}" in output
     assert same_weights(tmp_path / "tuned", tmp_path / "first")
 
 

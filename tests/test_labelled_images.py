@@ -114,7 +114,7 @@ def test_a_class_may_be_called_like_a_split(source):
     [
         ("extras/cow/0.png", "beside the splits train, val there must be no other folders and no metadata"),
         ("metadata.jsonl", "beside the splits train, val there must be no other folders and no metadata"),
-        ("Valid/cow/0.png", "two of the splits Valid, train, val mean the same"),
+        ("Valid/cow/0.png", "two of the splits Valid, train, val map to the same name"),
     ],
     ids=["folder", "metadata", "second split"],
 )
@@ -126,7 +126,7 @@ def test_what_lies_beside_splits_is_not_left_out_in_silence(source, extra, messa
 def test_images_that_are_not_found_are_an_error(source):
     write_files(write_images(source, ["train", "val"]), {"0.png": image_bytes()})
     message = refused(source)
-    assert "1 of 25 image files are not" in message and f"{source}/0.png" in message
+    assert "1 of 25 image files are skipped" in message and f"{source}/0.png" in message
 
 
 def test_metadata_may_name_several_images_of_a_row(source, tmp_path):
@@ -153,7 +153,7 @@ def test_columns_of_images_are_those_of_the_branches(source):
     assert load(source, image_columns=["scan", "photo"]).image_columns == ["scan", "photo"]
     assert "has no column depth, only label, photo, scan" in refused(source, image_columns=["photo", "depth"])
     assert "has no column depth" in refused(source, image_columns=["photo"], mask_column="depth")
-    assert "which column has the images? It has label, photo, scan; name one with --image_columns" in refused(source)
+    assert "ambiguous image column, candidates: label, photo, scan; name one with --image_columns" in refused(source)
 
 
 def test_all_images_of_a_row_are_checked(source):
@@ -167,7 +167,7 @@ def test_all_images_of_a_row_are_checked(source):
     assert message == f"{source}: the metadata names files that are not there: {source}/train/scans/2.png"
     write_files(source, {"train/scans/2.png": image_bytes(), "val/scans/9.png": image_bytes()})
     message = refused(source, **columns)
-    assert message.startswith(f"{source}: 1 of 17 image files are not") and f"{source}/val/scans/9.png" in message
+    assert message.startswith(f"{source}: 1 of 17 image files are skipped") and f"{source}/val/scans/9.png" in message
 
 
 def test_masks_without_white_are_named(source):
@@ -227,7 +227,7 @@ def test_columns_are_found_or_named(source):
     assert contents(found.splits["train"], "photo") == [((0, 0, row), label) for row, label in enumerate(LABELS)]
     two = source.with_name("two")
     save(two, train=rows.map(lambda row: {"copy": row["photo"]}))
-    assert "which column has the images? It has photo, animal, copy; name one with --image_columns" in refused(two)
+    assert "ambiguous image column, candidates: photo, animal, copy; name one with --image_columns" in refused(two)
     assert len(load(two, image_columns=["copy"]).splits["train"]) == 12
     assert "has no column size, only photo, animal, copy" in refused(two, image_columns=["copy"], label_column="size")
 
@@ -352,11 +352,11 @@ def test_transparent_images_are_counted(source):
 
 def test_places_without_labelled_images_are_named(source, tmp_path):
     assert "give --data" in refused("")
-    assert f"{source}: no data set in such a folder or on the Hub" in refused(source)
-    assert "no data set in such a folder" in refused(write_files(tmp_path, {"image.png": image_bytes()}) / "image.png")
+    assert f"{source}: not a dataset, locally or on the Hub" in refused(source)
+    assert "not a dataset, locally" in refused(write_files(tmp_path, {"image.png": image_bytes()}) / "image.png")
     (write_images(source) / "dog").mkdir()
     assert f"{source}/dog: a folder without images" in refused(source)
     write_images(tmp_path / "flat", classes=["."])
-    assert "which column has the labels?" in refused(tmp_path / "flat")
+    assert "ambiguous label column" in refused(tmp_path / "flat")
     write_images(tmp_path / "test-only", ["test"])
     assert "no split 'train', only 'test'" in refused(tmp_path / "test-only")

@@ -84,7 +84,7 @@ def test_published_variant_is_converted_and_published(hub, tmp_path, image):
         "sha256": sha256(files["model.safetensors"]).hexdigest(),
     }
 
-    # Accuracy and licence of the published weights are known
+    # Accuracy and license of the published weights are known
     card = ModelCard(published["README.md"].decode())
     assert (card.data.license, card.data.base_model) == ("apache-2.0", REPO)
     assert {(result.metric_type, result.metric_value) for result in card.data.eval_results} == {

@@ -102,7 +102,7 @@ def test_wrong_predictions_are_shown_first(example, small_config, drawn_rows, tm
     output, _ = example("quickstart", "--model", model, "--output", tmp_path)
     correct = int(re.search(r"(\d+) of 360 held-out digits are correct", output)[1])
     assert 0 < correct < 358
-    assert f"2 of {360 - correct} wrong predictions come first" in output
+    assert f"First rows (orange): 2 of the {360 - correct} misclassified digits" in output
     wrong, right = drawn_rows[:2], drawn_rows[2:]
     assert len(right) == 6
     for row in wrong:

@@ -42,11 +42,11 @@ def nearest(retrieve):
 
 def test_images_of_one_folder_are_nearest(retrieve, photos, tmp_path):
     output = retrieve("--data", photos)
-    assert "100.0% of the 5 nearest of 12 images have the same label" in output
+    assert "Precision@5 over 12 images: 100.0%" in output
     with PIL.Image.open(tmp_path / "found.png") as picture:
         assert min(picture.size) > 500
     # Five of the eleven other images: a query is not its own nearest
-    assert "45.5% of the 11 nearest of 12 images" in retrieve("--data", photos, "--nearest", 20)
+    assert "Precision@11 over 12 images: 45.5%" in retrieve("--data", photos, "--nearest", 20)
 
 
 def test_nearest_images_are_those_of_the_cosine(nearest, photos, checkpoint):
@@ -79,7 +79,7 @@ def test_titles_show_labels(retrieve, photos, tmp_path, drawn_rows):
     for part in ("train", "test"):  # the name of the class counts, wherever its folder is
         shutil.copytree(photos, tmp_path / "parts" / part)
     output = retrieve("--data", tmp_path / "parts", "--nearest", 11)
-    assert "100.0% of the 11 nearest of 24 images have the same label" in output
+    assert "Precision@11 over 24 images: 100.0%" in output
     assert [cell.title.splitlines()[0] for cell in drawn_rows[0]] == ["blue"] * 12
     (tmp_path / "query.png").symlink_to(photos / "red" / "3.png")
     retrieve("--data", photos, "--query", tmp_path / "query.png", "--nearest", 1)
@@ -95,7 +95,7 @@ def test_links_are_the_same_image_and_what_cannot_be_read_is_left_out(retrieve, 
     (photos / "red" / "link.png").symlink_to(photos / "red" / "0.png")
     (photos / "red" / "cut.png").write_bytes((photos / "red" / "0.png").read_bytes()[:300])
     output = retrieve("--data", photos)
-    assert output.count("left out") == 1 and "cut.png" in output and "nearest of 12 images" in output
+    assert output.count("left out") == 1 and "cut.png" in output and "over 12 images" in output
 
 
 def test_only_changed_images_or_weights_are_embedded_again(nearest, photos, checkpoint, monkeypatch):
@@ -125,6 +125,6 @@ def test_what_is_wrong_is_named(failure, options, photos, tmp_path):
         (("--data", tmp_path / "typo"), "typo: must hold at least two images"),
         (("--data", tmp_path / "empty"), "empty: must hold at least two images"),
         (("--data", photos, "--query", tmp_path / "typo.png"), "typo.png"),
-        (("--data", photos, "--model", tmp_path / "typo"), "typo: no CrossViT"),
+        (("--data", photos, "--model", tmp_path / "typo"), "typo: not a CrossViT checkpoint"),
     ):
         assert message in failure("retrieve", *options, *arguments)

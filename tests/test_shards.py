@@ -200,7 +200,7 @@ def test_columns_of_samples_are_found_or_named(source):
     )  # which does not hide the labels of the others
     assert "'test' has no column cls, only __key__, __url__, png" in refused(source / "other")
     write_shard(source / "json" / "0.tar", samples(['{"label": 1}', '{"label": 2}'], "json"))
-    assert "which column has the labels? It has png, json, __key__, __url__; name it" in refused(source / "json")
+    assert "ambiguous label column, candidates: png, json, __key__, __url__; name it" in refused(source / "json")
     message = refused(source / "json", label_column="json")
     assert "labels must be names of classes or whole numbers, got {'label': Value('int64')}" in message
 
@@ -211,7 +211,7 @@ def test_avif_images_of_shards_need_the_name_of_their_column(source, class_names
     files = {f"{number}.avif": image_bytes((0, 0, 0), format="AVIF") for number in range(3)}
     write_shard(source / "0.tar", dict(sorted((files | {f"{number}.cls": b"1" for number in range(3)}).items())))
     options = {"streaming": streaming, "class_names": class_names}
-    assert "which column has the images? It has avif, cls, __key__, __url__" in refused(source, **options)
+    assert "ambiguous image column, candidates: avif, cls, __key__, __url__" in refused(source, **options)
     found = load(source, image_columns=["avif"], **options).splits["train"]
     assert contents(found, "avif") == [((0, 0, 0), 1)] * 3
 
@@ -337,8 +337,8 @@ def test_images_of_a_stream_are_not_decoded_for_their_labels(source, class_names
 
 def test_a_place_without_shards_is_named(source):
     source.mkdir()
-    assert f"{source}/*.tar: no data set" in refused(f"{source}/*.tar")
-    assert "memory://nothing: no data set" in refused("memory://nothing")
+    assert f"{source}/*.tar: not a dataset" in refused(f"{source}/*.tar")
+    assert "memory://nothing: not a dataset" in refused("memory://nothing")
     assert "unknown://x/*.tar: cannot be read (Protocol not known: unknown)" in refused("unknown://x/*.tar")
     write_shard(source / "0.tar", {"0.png": image_bytes(), "0.cls": b"ant"})
     assert "cannot be read as webdataset (invalid literal for int()" in refused(source)

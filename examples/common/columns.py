@@ -62,7 +62,7 @@ def only_column(source: str, kind: str, features: datasets.Features) -> str:
         remedy = "name it with --label_column, or put the images of each class, two or more, into a separate folder"
         if kind == "image":
             remedy = "name one with --image_columns, or one for each branch"
-        raise CommandError(f"{source}: which column has the {kind}s? It has {', '.join(features)}; {remedy}")
+        raise CommandError(f"{source}: ambiguous {kind} column, candidates: {', '.join(features)}; {remedy}")
     return columns[0]
 
 

@@ -79,7 +79,7 @@ def load_checkpoint(name: str, dtype: Any = None, **options) -> tuple["CrossViTF
         return model, CrossViTImageProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:  # a typo, no network, another model
         raise CommandError(
-            f"--model {name}: no CrossViT in such a folder or on the Hub ({one_line(error)})"
+            f"--model {name}: not a CrossViT checkpoint, locally or on the Hub ({one_line(error)})"
         ) from error
 
 

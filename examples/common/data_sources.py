@@ -76,9 +76,9 @@ class ImageSource:
 
 
 def load_splits(source: ImageSource) -> dict[str, Any]:
-    """The splits of a data set as they are, by their common names; "train" comes first if there is one."""
+    """The splits of a dataset as they are, by their common names; "train" comes first if there is one."""
     if not source.data:
-        raise CommandError("give --data, a folder of images or a data set of the Hub")
+        raise CommandError("give --data, a folder of images or a dataset of the Hub")
     data = os.path.expanduser(source.data.removeprefix("file://"))
     folder, shards = Path(data), find_shards(data)
     loaded: Any
@@ -100,10 +100,10 @@ def load_splits(source: ImageSource) -> dict[str, Any]:
                 streaming=source.streaming,
             )
         except (OSError, ValueError) as error:  # a typo, no network, a missing configuration
-            raise CommandError(f"{source.data}: no data set in such a folder or on the Hub ({error})") from error
+            raise CommandError(f"{source.data}: not a dataset, locally or on the Hub ({error})") from error
     splits = {SPLIT_NAMES.get(name.lower(), name): split for name, split in loaded.items()}
     if len(splits) < len(loaded):
-        raise CommandError(f"{source.data}: two of the splits {shorten_list(loaded)} mean the same: rename one")
+        raise CommandError(f"{source.data}: two of the splits {shorten_list(loaded)} map to the same name: rename one")
     return dict(sorted(splits.items(), key=lambda item: item[0] != "train"))
 
 
@@ -201,9 +201,9 @@ def load_image_folder(folder: Path, streaming: bool) -> dict[str, Any]:
             found |= {os.path.normpath(row["path"]) for row in rows if row}
     if unknown := on_disk - found:
         raise CommandError(
-            f"{folder}: {len(unknown)} of {len(on_disk)} image files are not in the data set that `datasets` makes"
-            f" of it, such as {shorten_list(sorted(unknown))}: put each image into the folder of its class, at the"
-            " same depth, or name it in metadata.jsonl"
+            f"{folder}: {len(unknown)} of {len(on_disk)} image files are skipped by `datasets`, such as"
+            f" {shorten_list(sorted(unknown))}: put each image into the folder of its class, at the same depth, or"
+            " name it in metadata.jsonl"
         )
     if missing := found - on_disk:
         raise CommandError(f"{folder}: the metadata names files that are not there: {shorten_list(sorted(missing))}")
@@ -228,7 +228,7 @@ def split_folders(folder: Path) -> dict[str, Path]:
     splits = {path.name: path for path in top if path.name.lower() in SPLIT_NAMES}
     others = [path.name for path in top if path.name not in splits]
     if others and not any(child.is_dir() for path in splits.values() for child in path.iterdir()):
-        splits = {}  # the classes of a data set, one of which is called "train"
+        splits = {}  # the classes of a dataset, one of which is called "train"
     if not splits:
         return {"train": folder}
     others += [name for name in AvifImageFolder.METADATA_FILENAMES if (folder / name).is_file()]

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 
 
 class CommandError(ValueError):
-    """A mistake in the options or data of a command, with one line that names it and the remedy."""
+    """A user error. Its one-line message states the problem and the fix."""
 
 
 def one_line(error: Exception) -> str:

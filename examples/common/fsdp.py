@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
 class FsdpTrainer(Trainer):
-    """A [`~transformers.Trainer`] that can shard a CrossViT, and saves it whole."""
+    """A [`~transformers.Trainer`] that shards a CrossViT, and saves it as a full checkpoint."""
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -31,8 +31,8 @@ class FsdpTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
-        As [`~transformers.Trainer.save_model`], but a sharded model is saved whole, for `from_pretrained`.
-        Checkpoints during training keep FSDP's format.
+        As [`~transformers.Trainer.save_model`], but a sharded model is saved as a full checkpoint, which
+        `from_pretrained` loads. Checkpoints during training keep FSDP's format.
         """
         super().save_model(output_dir, _internal_call)
         folder = output_dir or self.args.output_dir

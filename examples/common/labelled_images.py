@@ -72,7 +72,7 @@ class LabelledImages:
     @classmethod
     def load(cls, source: ImageSource, mask_column: str | None = None) -> "LabelledImages":
         """
-        Loads a data set, with masks on request, and checks its labels. A test split whose labels are all -1, as
+        Loads a dataset, with masks on request, and checks its labels. A test split whose labels are all -1, as
         competitions publish it, is left out.
 
         Raises:
@@ -132,11 +132,11 @@ class LabelledImages:
                 that "train" does not have.
         """
         if "train" not in self.splits:
-            raise CommandError(f"the data set has no split 'train', only {shorten_list(map(repr, self.splits))}")
+            raise CommandError(f"the dataset has no split 'train', only {shorten_list(map(repr, self.splits))}")
         splits = {name: split for name, split in self.splits.items() if name in SPLIT_NAMES.values()}
         if "validation" not in splits:
             if self.is_stream:
-                raise CommandError("a stream cannot be split: the data set needs a split 'validation'")
+                raise CommandError("a stream cannot be split: the dataset needs a split 'validation'")
             try:
                 parts = splits["train"].train_test_split(
                     validation_fraction, stratify_by_column=None if self.multi_label else "labels", seed=seed

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-scikit-learn's metrics of image classification, as metrics of the library evaluate that need no script from the Hub.
+scikit-learn metrics of image classification, wrapped as `evaluate` metrics. Nothing is downloaded.
 
 The Trainer takes `compute_metrics=metric.compute_metrics, preprocess_logits_for_metrics=metric.reduce_logits`.
 """

@@ -86,7 +86,7 @@ def prepare_images(data: DataArguments, args: TrainingArguments, mask_column: st
     if args.dataloader_persistent_workers is None:
         args.dataloader_persistent_workers = args.dataloader_num_workers > 0
     if data.streaming and args.max_steps <= 0:
-        raise CommandError("--streaming: a stream has no known end: set --max_steps")
+        raise CommandError("--streaming requires --max_steps")
     with args.main_process_first():  # the others find its results in the cache of `datasets`
         images = LabelledImages.load(data, mask_column).for_training(data.validation_fraction, args.seed)
         if data.check_images:
@@ -192,7 +192,7 @@ def train(trainer: CommandTrainer, images: LabelledImages) -> None:
         record.parent.mkdir(parents=True, exist_ok=True)
         record.write_text(fingerprint, encoding="utf-8")
     if checkpoint and trainer.args.should_log:
-        print(f"Going on from {checkpoint}", flush=True)
+        print(f"Resuming from {checkpoint}", flush=True)
     trainer.train(resume_from_checkpoint=checkpoint)
 
 

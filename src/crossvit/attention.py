@@ -33,15 +33,15 @@ def blockwise_attention_forward(
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """
-    Plain attention of a few images at a time, so that the weights stay in the cache of a CPU. Importing `crossvit`
-    registers it as `attn_implementation="blockwise"`.
+    Computes attention a few images at a time so that the attention weights fit in the CPU's cache. Importing
+    `crossvit` registers it as `attn_implementation="blockwise"`.
 
     It is meant for bfloat16 on CPUs with AVX-512 BF16 and without AMX, where PyTorch's fused kernel is slow. Measured
     on an AMD Zen 5 with batches of 8: attention of queries of shape (8, 6, 197, 64) in 1.6 ms instead of 3.5 ms,
     inference of the eleven variants in 0.72 to 0.87 of the time of timm. On a Zen 4 it was 0.83 to 0.91, and no gain
     for `crossvit_tiny`. With AMX `sdpa` is the faster one for inference. Float32 gains nothing.
 
-    Calls that it is not made for run as `sdpa`: traced, compiled and exported models, whose number of blocks would
+    Unsupported cases fall back to `sdpa`: traced, compiled and exported models, whose number of blocks would
     depend on the batch, and attention that is masked, causal or grouped.
 
     Args:

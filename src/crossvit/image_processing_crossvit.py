@@ -31,8 +31,8 @@ class CrossViTImageProcessor(CrossViTBaseImageProcessor, TorchvisionBackend):  #
     Image processor of CrossViT on torchvision. Options, defaults and geometry are those of
     [`CrossViTImageProcessorPil`]; only the bicubic filter rounds differently. For bytes on the CPU it is off by 2 of
     255 at most, 0.036 in `pixel_values`, and mostly not at all. For floats and on a GPU torchvision filters in float32
-    and does not clip between rows and columns as PIL does, so that hard edges differ by more: where the last digit of
-    an accuracy matters, choose the PIL backend.
+    and does not clip between rows and columns as PIL does, so that hard edges differ by more: use the PIL
+    backend to reproduce published accuracy exactly.
 
     Raises:
         `ImportError`: if torchvision is not installed. [`AutoImageProcessor`] chooses the PIL backend then.

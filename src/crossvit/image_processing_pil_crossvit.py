@@ -100,7 +100,7 @@ class CrossViTBaseImageProcessor(RemoteCodeMixin, BaseImageProcessor):
         **kwargs,
     ) -> Any:
         """
-        Brings one image into the layout (channels, height, width). RGB is what `image.convert("RGB")` makes of it, as
+        Converts one image to channels-first format. RGB is what `image.convert("RGB")` makes of it, as
         in timm's data loader: alpha is dropped rather than blended onto white. Arrays follow the same rule: 1 channel
         is gray, 4 are RGBA.
 

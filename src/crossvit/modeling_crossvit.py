@@ -730,8 +730,8 @@ class CrossViTModel(CrossViTPreTrainedModel):
                 Normalized images, as made by [`CrossViTImageProcessor`], of shape `(batch_size, num_channels, height,
                 width)`, or `(batch_size, num_branches, num_channels, height, width)` with an image for each branch.
             interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
-                Whether to keep the resolution of the images and interpolate the position embeddings. The first branch
-                then takes the images in their size, and each other branch in its ratio to the first, rounded to whole
+                Whether to interpolate the position embeddings instead of resizing the images. The first branch then
+                keeps the input resolution; the others scale it by their native ratio to the first, rounded to whole
                 patches.
             attention_mask (`torch.Tensor` of shape `(batch_size, num_tokens)`, *optional*, a keyword argument):
                 Which tokens of all branches may be attended to (1) or not (0): those of the first branch, class token

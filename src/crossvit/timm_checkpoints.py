@@ -121,7 +121,7 @@ def read_model_config(config: dict[str, Any]) -> dict[str, Any]:
         config (`dict[str, Any]`): its contents, in the present form or the old one without `pretrained_cfg`.
 
     Raises:
-        `ValueError`: if it describes a model that CrossViT cannot be.
+        `ValueError`: if it describes an unsupported architecture.
     """
     name, arguments = config["architecture"], get_model_args(config)
     if name not in ARCHITECTURES:
@@ -167,7 +167,7 @@ def read_image_processor_config(config: dict[str, Any]) -> dict[str, Any]:
     num_channels, height, width = get_input_size(config)
     crop_pct, crop_mode = source.get("crop_pct") or 0.875, source.get("crop_mode") or "center"
     interpolation = source.get("interpolation") or "bicubic"
-    # timm resizes to this size, or its shortest edge, and cuts out the centre
+    # timm resizes to this size, or its shortest edge, and crops the center
     size = {"height": math.floor(height / crop_pct), "width": math.floor(width / crop_pct)}
     if crop_mode == "center" and height == width:
         size = {"shortest_edge": size["height"]}

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#BBBBBB"
+BLUE, ORANGE, GRAY = "#0072B2", "#D55E00", "#BBBBBB"
 MAX_HEAT = 16  # times uniform attention, where the colors end
 CELL = 2.1  # inches, the width of a picture in a row
 
@@ -130,7 +130,7 @@ class ScoreCell:
 
     def draw(self, axis: "Axes") -> None:
         places = range(len(self.scores))
-        colors = [BLUE if self.correct else ORANGE] + [GREY] * len(self.scores)
+        colors = [BLUE if self.correct else ORANGE] + [GRAY] * len(self.scores)
         axis.barh(places, [entry["score"] for entry in self.scores], height=0.3, color=colors[: len(self.scores)])
         for place, entry in enumerate(self.scores):
             label = f"{entry['label'].split(',')[0][:24]}  {entry['score']:.1%}"

@@ -56,8 +56,8 @@ def attention_weights_by_stage(outputs: Any, config: Any) -> list[tuple[list[lis
 def attention_rollout(outputs: Any, config: Any, branch: int | None = None) -> tuple[torch.Tensor, ...]:
     """
     Attention rollout (Abnar and Zuidema 2020, arXiv:2005.00928): the share of each input token in the final class
-    tokens, if attention were all that moves information between tokens. Heads are averaged, half of each token stays
-    through the residual, and layers are multiplied. The tokens of all branches form one sequence, in which
+    tokens, if attention were all that moves information between tokens. Heads are averaged, residual connections
+    get weight 0.5, and layers are multiplied. The tokens of all branches form one sequence, in which
 
     - a layer of a branch mixes the tokens of that branch: x <- (x + A x) / 2;
     - a fusion mixes the class token c of a branch with the patches p of the next branch:

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Guided attention: a loss that draws the attention of a classifier to the objects, of which there are masks."""
+"""Guided attention: a loss that steers the attention of a classifier toward masked objects."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ class GuidedAttentionTrainer(CrossViTTrainer):
     IoU is the soft overlap of the attention rollout and the mask of an image, [`attention_iou`]. Batches have "mask"
     (batch, height, width) from 0 to 1. Evaluations report the mean IoU of their images, as "eval_iou".
 
-    The model gets eager attention, the only one with weights, which takes more memory than the others.
+    Switches to eager attention, the only implementation that returns attention weights. It takes more memory.
 
     Args:
         mask_weight (`float`): weight of the loss; 0 only reports the IoU.
