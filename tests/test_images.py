@@ -160,6 +160,8 @@ def test_too_many_pixels_are_refused(monkeypatch, tmp_path):
 
 
 def test_images_of_a_folder(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "back").symlink_to(tmp_path)
     names = ("b.JPG", "a/c.png", "a/b/d.webp", ".hidden/e.png", "a/._c.png", "poster.eps", "notes.txt")
     write_files(tmp_path, dict.fromkeys(names, b""))
     assert find_images(tmp_path) == [tmp_path / "a" / "b" / "d.webp", tmp_path / "a" / "c.png", tmp_path / "b.JPG"]

@@ -46,10 +46,15 @@ def find_images(folder: Path, suffixes: Collection[str] | None = None) -> list[P
         suffixes = {suffix for suffix, name in PIL.Image.registered_extensions().items() if name in formats}
     found = []
     for path, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        folders[:] = [name for name in folders if not name.startswith((".", "__")) and not is_ancestor(path, name)]
         files = (Path(path, name) for name in names if not name.startswith("."))
         found += [file for file in files if file.suffix.lower() in suffixes and file.is_file()]
     return sorted(found)
+
+
+def is_ancestor(folder: str, name: str) -> bool:
+    """Whether a folder in another one is a link that leads back to that one or to a folder that contains it."""
+    return Path(folder).resolve().is_relative_to(Path(folder, name).resolve())
 
 
 def open_image(file: str | Path | BinaryIO, name: str | None = None, mode: str | None = "RGB") -> PIL.Image.Image:
