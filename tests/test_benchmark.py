@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -15,12 +14,13 @@ from crossvit import CrossViTImageProcessor
 
 
 @pytest.mark.slow
-def test_benchmark_measures_every_task(tmp_path):
+def test_benchmark_measures_every_task(monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr(measuring, "READ_IMAGES", 32)
+    monkeypatch.setitem(sys.modules, "measuring", measuring)
     options = "--variants crossvit_tiny --batch_sizes 1 --dtypes float32 --modes eager --seconds 0 --output"
-    command = [sys.executable, benchmark.__file__, *options.split(), tmp_path]
-    finished = subprocess.run(command, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stdout == (tmp_path / "benchmark.md").read_text(encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *options.split(), str(tmp_path)])
+    assert benchmark.main() == 0
+    assert capfd.readouterr().out == (tmp_path / "benchmark.md").read_text(encoding="utf-8")
 
     values = {}
     for record in json.loads((tmp_path / "benchmark.json").read_text(encoding="utf-8"))["cells"]:

@@ -97,11 +97,13 @@ def test_every_process_and_worker_draws_its_own_augmentation(small_config, zoo, 
     small_config.save_pretrained(tmp_path / "config")
     command = [EXAMPLES / "pretrain.py", "--config", tmp_path / "config", "--data", zoo, "--disable_tqdm", "true"]
     command += ["--total_batch_size", "8", "--per_device_train_batch_size", "4", "--num_train_epochs", "2", *workers]
-    runs = [recorded(tmp_path / name, *command, "--output_dir", tmp_path / f"{name}-out") for name in ("one", "two")]
+    names = ("one", "two") if workers else ("one",)
+    runs = [recorded(tmp_path / name, *command, "--output_dir", tmp_path / f"{name}-out") for name in names]
     inputs = [process["inputs"] for process in runs[0]]
     assert max(contents(torch.cat(inputs)).values()) == 1 and sum(map(len, inputs)) == 48
     torch.testing.assert_close(*(process["initial_weights"] for process in runs[0]), atol=0, rtol=0)
-    torch.testing.assert_close(*([process["inputs"] for process in run] for run in runs), atol=0, rtol=0)
+    for run in runs:  # reproducibly
+        torch.testing.assert_close([process["inputs"] for process in run], inputs, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("strategy", ["epoch", "steps"])
@@ -127,7 +129,9 @@ def test_two_processes_train_on_a_stream_and_resume(finetune_options, shards, zo
     # 1e-8 was measured
     assert found["eval_loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), abs=1e-6)
 
-    # As if it had been killed after the last but one checkpoint
+    if strategy == "epoch":
+        return
+    # As if it had been killed after the last but one checkpoint, in the middle of an epoch
     (output / "model.safetensors").rename(tmp_path / "model.safetensors")
     shutil.rmtree(output / "checkpoint-11")
     torchrun(*command)
