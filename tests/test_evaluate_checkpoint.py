@@ -104,8 +104,8 @@ def test_other_names_of_classes_are_never_guessed(measure, refusal, zoo):
     "wrong, message",
     [
         (["--split", "tset"], "--split is one of"),
-        (["--data", "missing"], "missing: no dataset"),
-        (["--model", "missing"], "missing: no CrossViT"),
+        (["--data", "missing"], "missing: not a dataset"),
+        (["--model", "missing"], "missing: not a CrossViT checkpoint"),
         (["--data", ""], "give --data"),
     ],
 )

@@ -238,7 +238,7 @@ def test_readme_says_how_to_run_each_program(export, checkpoint, zoo, tmp_path, 
 
 def test_what_is_wrong_is_named(refusal, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert "missing: no CrossViT" in refusal("--model", "missing")
+    assert "missing: not a CrossViT checkpoint" in refusal("--model", "missing")
     assert "missing" in refusal("--data", "missing")
     assert "empty" in refusal("--data", tmp_path / "empty")
 

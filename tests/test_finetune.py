@@ -179,6 +179,7 @@ def test_layer_decay_lowers_the_learning_rates_of_early_layers(finetune, checkpo
     assert rates == {2e-3, 1e-3, 5e-4, 2.5e-4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--streaming", "--max_steps", "4"]], ids=["disk", "stream"])
 def test_no_workers_are_left(finetune, options):
     """They would delay the exit of a process that uses a GPU."""

@@ -80,6 +80,7 @@ def overlaps(model, rows) -> torch.Tensor:
     return attention_iou(attention_rollout(outputs, model.config), batch["mask"], model.config)
 
 
+@pytest.mark.slow
 def test_guided_attention_is_on_the_objects_of_unseen_images(tmp_path):
     found = {}
     for weight in (0.0, 0.5):

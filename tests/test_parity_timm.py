@@ -10,7 +10,7 @@ implementations was 2.6e-6, of logits up to 2.9; 1e-5 is the promise. To see the
 import pytest
 import timm
 import torch
-from reference import to_transformers_name
+from reference import VARIANTS, to_transformers_name
 from scipy.stats import ks_2samp
 from timm.layers import DropPath
 from timm.models.crossvit import MultiScaleBlock
@@ -24,6 +24,9 @@ from crossvit.timm_checkpoints import ARCHITECTURES
 LOGITS_TOLERANCE = 1e-5
 # In the native size of the first branch, and in one that every branch resizes
 IMAGE_FOR_EACH_BRANCH = [(2, 3, 240, 240), (2, 3, 256, 128)]
+
+
+LARGE = ("crossvit_base", "crossvit_15_dagger_384", "crossvit_18_dagger_384")  # more than ten seconds each
 
 
 def create_on_meta(config: CrossViTConfig) -> CrossViTForImageClassification:
@@ -50,6 +53,10 @@ def assert_gradients_are_close(gradient: torch.Tensor, expected: torch.Tensor, n
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(VARIANTS[name], marks=pytest.mark.slow if name in LARGE else (), id=name) for name in VARIANTS],
+)
 def test_logits_and_stage_tokens_equal_timm(variant):
     reference = timm_variant(variant)
     model = with_weights_of(config_of(variant), reference)

@@ -89,7 +89,7 @@ def test_other_models_are_refused(failure, photo, checkpoint, tmp_path, config):
     if config:
         (checkpoint / "config.json").write_text(config)
     message = failure("quickstart", "--image", photo, "--model", checkpoint, "--output", tmp_path)
-    assert f"--model {checkpoint}: no CrossViT" in message
+    assert f"--model {checkpoint}: not a CrossViT checkpoint" in message
 
 
 def test_model_without_the_labels_of_digits_needs_images(failure, checkpoint, tmp_path):
