@@ -45,4 +45,4 @@ def test_a_short_training_leaves_a_model_and_a_picture(example, tmp_path):
 @pytest.mark.slow
 def test_shapes_are_found(example, tmp_path):
     example("segment", "--epochs", 3, "--output", tmp_path)
-    assert json.loads((tmp_path / "metrics.json").read_text())["eval_mean_iou"] > 0.6
+    assert json.loads((tmp_path / "metrics.json").read_text())["eval_mean_iou"] > 0.5  # 0.68 was measured
