@@ -15,76 +15,59 @@
 
     python examples/classify.py photo.jpg --model outputs/photos
     python examples/classify.py photos more/dog.jpg --output labels.csv      # folders with their subfolders, too
+    python examples/classify.py photos --output labels.parquet --batch_size 256 --dtype bfloat16 --compile   # on a GPU
 
 Files that cannot be read are reported and skipped.
 """
 
 import argparse
-import csv
 import sys
-from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from common.command_line import DEFAULT_MODEL, load_checkpoint, run_command
+from common.command_line import add_predict_options, run_command
 from common.errors import CommandError
-from common.images import find_images, open_image
-
-
-if TYPE_CHECKING:
-    import PIL.Image
-
-
-TOP = 5  # labels of each image
+from common.images import find_images
+from common.tables import TABLE_SUFFIXES, open_table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", type=Path, metavar="IMAGE_OR_FOLDER")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="folder or Hub id of a CrossViT; default: %(default)s")
-    parser.add_argument("--batch_size", type=int, default=16, help="default: %(default)s")
-    parser.add_argument("--output", type=Path, help="CSV file for the results; default: lines on the standard output")
+    parser.add_argument("--output", type=Path, help="CSV or Parquet file; default: lines on the standard output")
+    add_predict_options(parser)
     args = parser.parse_args()
-    if args.batch_size < 1:
-        parser.error("--batch_size must be at least 1")
+    if args.output and args.output.suffix not in TABLE_SUFFIXES:
+        parser.error(f"--output {args.output}: must end in {' or '.join(TABLE_SUFFIXES)}")
 
     # After the options, as these imports take seconds
-    from torch.utils.data import IterableDataset
+    from common.inference import TOP, best_labels, load_model, predict
+    from torch import Tensor
     from tqdm import tqdm
-    from transformers import pipeline
 
-    model, processor = load_checkpoint(args.model)
-    files = dict.fromkeys(file for path in args.paths for file in (find_images(path) if path.is_dir() else [path]))
-    readable: list[Path] = []  # grows as the pipeline reads
+    def classify(model: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        return best_labels(model(pixel_values).logits, model.config)
 
-    class Images(IterableDataset["PIL.Image.Image"]):  # a generator is read as a whole by transformers 5.10
-        def __iter__(self) -> Iterator["PIL.Image.Image"]:
-            for file in tqdm(files, "images"):
-                try:
-                    image = open_image(file)
-                except CommandError as error:
-                    tqdm.write(f"left out {error}", file=sys.stderr)
-                else:
-                    readable.append(file)
-                    yield image
-
-    classifier: Any = pipeline("image-classification", model=model, image_processor=processor, top_k=TOP)
-    predictions = classifier(Images(), batch_size=args.batch_size)
-    if args.output is None:
-        for scores, file in zip(predictions, readable):
-            tqdm.write("  ".join((str(file), *(f"{entry['label']} {entry['score']:.1%}" for entry in scores))))
-    else:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.output, "w", encoding="utf-8", errors="surrogateescape", newline="") as output:
-            table = csv.writer(output)
-            places = range(1, min(TOP, model.config.num_labels) + 1)
-            table.writerow(["file", *(name for place in places for name in (f"label_{place}", f"score_{place}"))])
-            for scores, file in zip(predictions, readable):
-                columns = (text for entry in scores for text in (entry["label"], f"{entry['score']:.6f}"))
-                table.writerow([file, *columns])
-    if not readable:
+    model, processor = load_model(args)
+    paths = list(
+        dict.fromkeys(file for path in args.paths for file in (find_images(path) if path.is_dir() else [path]))
+    )
+    columns: dict[str, type] = {"file": str}
+    for place in range(1, min(TOP, model.config.num_labels) + 1):
+        columns |= {f"label_{place}": str, f"score_{place}": float}
+    classified = 0
+    with open_table(args.output, columns) if args.output else nullcontext() as add_row:
+        for path, labels, scores in predict(classify, model, processor, paths, args):
+            names = [model.config.id2label[label] for label in labels]
+            if add_row is None:
+                tqdm.write("  ".join((str(path), *(f"{name} {score:.1%}" for name, score in zip(names, scores)))))
+            else:
+                add_row([str(path), *(value for pair in zip(names, scores) for value in pair)])
+            classified += 1
+    if not classified:
         raise CommandError(f"no image that can be read in {', '.join(map(str, args.paths))}")
-    print(f"Classified {len(readable):,} of {len(files):,} images", file=sys.stderr)
+    print(f"Classified {classified:,} of {len(paths):,} images", file=sys.stderr)
 
 
 if __name__ == "__main__":

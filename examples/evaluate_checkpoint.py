@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common.command_line import load_checkpoint, make_parser, parse, run_command
+from common.command_line import DTYPES, load_checkpoint, make_parser, parse, run_command
 from common.data_sources import ImageSource
 from common.errors import CommandError
 from common.labelled_images import LabelledImages
 from common.metrics import SingleLabelMetric
 from common.streams import StreamTrainer
+from common.workers import default_num_workers
 from common.workflow import check_image_columns, transformed
 from transformers import TrainingArguments
 from transformers.utils import cached_file
@@ -47,16 +48,18 @@ class EvaluationArguments:
 
     model: str | None = field(default=None, metadata={"help": "Folder or Hub id of a CrossViT, timm's too."})
     split: str | None = field(default=None, metadata={"help": "Default: validation, else test, else the only one."})
-    batch_size: int = field(default=64, metadata={"help": "Images at once."})
-    dtype: str = field(
-        default="float32", metadata={"help": "Of the model.", "choices": ["float32", "bfloat16", "float16"]}
+    batch_size: int = field(default=64, metadata={"help": "Images per forward pass on each device."})
+    dtype: str = field(default="float32", metadata={"help": "Data type of the model.", "choices": DTYPES})
+    compile: bool = field(default=False, metadata={"help": "Compile the model first."})
+    num_workers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Processes per device that read images; default: with a GPU one per core, at most 8, else none."
+        },
     )
-    num_workers: int = field(default=0, metadata={"help": "Processes that read images."})
-    by_order: bool = field(
-        default=False, metadata={"help": "Classes of the data have other names than the model's, in the same order."}
-    )
+    by_order: bool = field(default=False, metadata={"help": "Match the classes by index instead of by name."})
     output: str | None = field(default=None, metadata={"help": "JSON file for the results."})
-    cpu: bool = field(default=False, metadata={"help": "Leave a GPU unused."})
+    cpu: bool = field(default=False, metadata={"help": "Run on the CPU even if there is a GPU."})
 
 
 class MatchedTransform(EvaluationTransform):
@@ -130,7 +133,8 @@ def main() -> None:
     training_args = TrainingArguments(
         output_dir=tempfile.gettempdir(),  # the Trainer would create a folder, though it writes nothing
         per_device_eval_batch_size=args.batch_size,
-        dataloader_num_workers=args.num_workers,
+        dataloader_num_workers=default_num_workers() if args.num_workers is None else args.num_workers,
+        accelerator_config={"non_blocking": True},
         use_cpu=args.cpu,
         remove_unused_columns=False,
         label_names=["labels"],
@@ -146,6 +150,8 @@ def main() -> None:
         images = replace(images, splits={split: images.splits[split]})
         images.check_images()
     classes = match_classes(model.config, images.class_names, args.by_order)
+    if args.compile:
+        model.compile()
     metric = SingleLabelMetric()
     trainer = StreamTrainer(
         model,

@@ -27,91 +27,76 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.command_line import DEFAULT_MODEL, load_checkpoint, run_command
+from common.command_line import add_predict_options, positive_int, run_command
 from common.errors import CommandError
 from common.images import find_images, open_image
 
 
 if TYPE_CHECKING:
-    import datasets
+    import torch
 
 
 MAX_ROWS = 8  # of the picture
 THUMBNAIL = (240, 240)  # pixels, at most
 
 
-def embed(images: list[Any], model: Any, processor: Any) -> Any:
+def embed(model: Any, pixel_values: "torch.Tensor") -> "tuple[torch.Tensor]":
     """The normalized `pooler_output` (images, sum(embed_dim)) of images."""
-    import torch
+    from torch.nn.functional import normalize
 
-    with torch.inference_mode():
-        pixel_values = processor(images, return_tensors="pt").pixel_values
-        pooled = model.base_model(pixel_values.to(model.device, model.dtype)).pooler_output
-    return torch.nn.functional.normalize(pooled.float()).cpu().numpy()
+    return (normalize(model.base_model(pixel_values).pooler_output.float()),)
 
 
-def embed_files(paths: list[str], model: Any, processor: Any, batch_size: int) -> "datasets.Dataset":
-    """The paths and embeddings of the image files that can be read; the others are named."""
+def embed_files(paths: list[Path], model: Any, processor: Any, args: argparse.Namespace) -> tuple[list[str], Any]:
+    """The paths and the embeddings (images, sum(embed_dim)) of the image files that can be read."""
     import datasets
+    import numpy as np
+    from common.inference import predict
     from datasets.fingerprint import Hasher
-
-    def embed_batch(batch: dict[str, list[str]]) -> dict[str, list]:
-        readable, images = [], []
-        for path in batch["path"]:
-            try:
-                images.append(open_image(path))
-                readable.append(path)
-            except CommandError as error:
-                print(f"left out {error}")
-        return {"path": readable, "embedding": embed(images, model, processor) if images else []}
 
     times = [os.stat(path).st_mtime_ns for path in paths]
     key = Hasher.hash((paths, times, processor.to_dict(), model.state_dict()))
-    cache = Path(datasets.config.HF_DATASETS_CACHE, "crossvit_embeddings")
-    cache.mkdir(parents=True, exist_ok=True)
-    return datasets.Dataset.from_dict({"path": paths}).map(
-        embed_batch,
-        batched=True,
-        batch_size=batch_size,
-        features=datasets.Features(
-            {"path": datasets.Value("string"), "embedding": datasets.List(datasets.Value("float32"))}
-        ),
-        new_fingerprint=key,
-        cache_file_name=str(cache / f"{key}.arrow"),
-        desc="Embedding",
-    )
+    cache = Path(datasets.config.HF_DATASETS_CACHE, "crossvit_embeddings", f"{key}.npz")
+    if not cache.is_file():
+        rows = [
+            (str(path), np.float32(embedding)) for path, embedding in predict(embed, model, processor, paths, args)
+        ]
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        incomplete = cache.with_suffix(".incomplete.npz")
+        np.savez(incomplete, paths=[path for path, _ in rows], embeddings=[embedding for _, embedding in rows])
+        incomplete.replace(cache)
+    with np.load(cache) as stored:
+        return stored["paths"].tolist(), stored["embeddings"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="images to search")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="folder or Hub id of a CrossViT; default: %(default)s")
     parser.add_argument("--query", nargs="+", default=[], metavar="FILE", help="default: images of the folder")
-    parser.add_argument("--nearest", type=int, default=5, metavar="K", help="images to find; default: %(default)s")
-    parser.add_argument("--batch_size", type=int, default=32, help="default: %(default)s")
+    add = parser.add_argument
+    add("--nearest", type=positive_int, default=5, metavar="K", help="images to find; default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("outputs/retrieve.png"), help="default: %(default)s")
+    add_predict_options(parser)
     args = parser.parse_args()
-    if args.nearest < 1 or args.batch_size < 1:
-        parser.error("--nearest and --batch_size must be at least 1")
 
     # After the options, as these imports take seconds
     import numpy as np
+    from common.inference import load_model, predict
     from sklearn.neighbors import NearestNeighbors
 
     from crossvit.interpretability import ImageCell, draw_rows
     from crossvit.interpretability.plotting import BLUE, ORANGE
 
-    files = {path.resolve(): str(path) for path in find_images(args.data)}  # once, even if links lead to them
-    queries = [open_image(path) for path in args.query]
-    model, processor = load_checkpoint(args.model)
-    model.eval()
-    dataset = embed_files(list(files.values()), model, processor, args.batch_size)
-    if len(dataset) < 2:
-        raise CommandError(f"--data {args.data}: must hold at least two images, found {len(dataset)}")
-    found = list(dataset["path"])
+    for path in args.query:
+        open_image(path)  # an error ends the command before the work begins
+    files = {path.resolve(): path for path in find_images(args.data)}  # once, even if links lead to them
+    model, processor = load_model(args)
+    found, embeddings = embed_files(list(files.values()), model, processor, args)
+    if len(found) < 2:
+        raise CommandError(f"--data {args.data}: must hold at least two images, found {len(found)}")
     places = {Path(path).resolve(): index for index, path in enumerate(found)}
     neighbors = NearestNeighbors(n_neighbors=min(args.nearest, len(found) - 1), metric="cosine")
-    neighbors.fit(np.array(dataset["embedding"]))
+    neighbors.fit(embeddings)
     folders = {Path(path).parent for path in found}
     labels = {folder.name for folder in folders if folder != args.data} if len(folders) > 1 else set()
 
@@ -134,7 +119,7 @@ def main() -> None:
         return ImageCell(image, "\n".join(line for line in lines if line), color=color)
 
     if args.query:
-        embedded = np.concatenate([embed([query], model, processor) for query in queries])
+        embedded = np.array([row for _, row in predict(embed, model, processor, args.query, args)])
         # One more than asked for, in case the query is among them
         distances, nearest = neighbors.kneighbors(embedded, min(args.nearest + 1, len(found)))
         results = [(path, others(path, *row)) for path, *row in zip(args.query, nearest, distances)]

@@ -1,11 +1,15 @@
 """The command that classifies images."""
 
 import csv
+from functools import partial
 
 import PIL.Image
+import pyarrow.parquet
 import pytest
 import torch
+from examples_in_process import EXAMPLES
 from image_folders import image_bytes, write_files
+from python_process import run_python
 
 from crossvit import CrossViTForImageClassification, CrossViTImageProcessor
 
@@ -49,6 +53,90 @@ def test_labels_are_those_of_the_model(classify, checkpoint, photos, tmp_path):
     assert "5/5" in errors  # a progress bar
 
 
+def read_table(path):
+    if path.suffix == ".parquet":
+        return pyarrow.parquet.read_table(path).to_pylist()
+    with open(path, newline="", encoding="utf-8") as file:
+        return [
+            {name: float(text) if "score" in name else text for name, text in row.items()}
+            for row in csv.DictReader(file)
+        ]
+
+
+def approximately(row):
+    # Six digits are written to CSV files
+    return {name: pytest.approx(value, abs=1e-5) if "score" in name else value for name, value in row.items()}
+
+
+@pytest.fixture
+def table(classify, photos, tmp_path):
+    """The rows that the command writes with some options, and its stderr."""
+
+    def run(*options, suffix=".csv"):
+        path = tmp_path / f"labels{suffix}"
+        _, errors = classify(photos, *options, "--output", path)
+        return read_table(path), errors
+
+    return run
+
+
+def test_workers_parquet_and_dtype(table, monkeypatch):
+    expected, _ = table()
+    rows, errors = table("--num_workers", 2, "--batch_size", 2, suffix=".parquet")
+    assert rows == [approximately(row) for row in expected]
+    assert errors.count("left out") == 1
+    dtypes = []
+    forward = CrossViTForImageClassification.forward
+
+    def spy(self, pixel_values):
+        dtypes.append((self.dtype, pixel_values.dtype))
+        return forward(self, pixel_values)
+
+    monkeypatch.setattr(CrossViTForImageClassification, "forward", spy)
+    table("--dtype", "bfloat16")
+    assert dtypes == [(torch.bfloat16, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_ctrl_c_keeps_what_is_written(run_example, checkpoint, photos, tmp_path, monkeypatch, suffix):
+    forward, calls = CrossViTForImageClassification.forward, []
+
+    def interrupted(self, pixel_values):
+        calls.append(pixel_values)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return forward(self, pixel_values)
+
+    monkeypatch.setattr(CrossViTForImageClassification, "forward", interrupted)
+    output = tmp_path / f"labels{suffix}"
+    status, _, errors = run_example("classify", "--model", checkpoint, photos, "--batch_size", 1, "--output", output)
+    assert status == 130 and errors.endswith("Interrupted.\n")
+    assert [row["file"] for row in read_table(output)] == [str(photos / "a.png"), str(photos / "b/c.png")]
+
+
+def test_compiled_model_is_compiled_once(table, monkeypatch):
+    expected, _ = table()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # without the minute for C++
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    rows, _ = table("--compile", "--batch_size", 3)  # the second batch has two images
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert rows == [approximately(row) for row in expected]
+
+
+def test_only_what_is_needed_is_imported(checkpoint, photos, tmp_path):
+    code = f"""
+        import sys
+        sys.path.insert(0, {str(EXAMPLES)!r})
+        sys.argv = ["classify.py", {str(photos / "a.png")!r}, "--model", {str(checkpoint)!r}]
+        import classify
+        classify.main()
+        print(*sorted({{"datasets", "evaluate", "matplotlib", "pyarrow", "sklearn", "timm"}} & sys.modules.keys()))
+    """
+    labels, imported = run_python(code, tmp_path).splitlines()
+    assert labels.startswith(str(photos / "a.png")) and imported == ""
+
+
 def test_lines_without_a_table(classify, photos):
     # "b/c.png" is named twice and classified once
     output, _ = classify(photos / "f.png", photos / "b", photos / "b" / "c.png", photos / "typo.png")
@@ -71,6 +159,7 @@ def test_what_is_wrong_is_named(failure, checkpoint, photos, tmp_path):
         ((photos / "b" / "cut.png",), "no image that can be read in "),
         ((tmp_path / "empty",), "no image that can be read in "),
         ((photos, "--model", tmp_path / "typo"), "typo: not a CrossViT checkpoint"),
-        ((photos, "--batch_size", 0), "--batch_size must be at least 1"),
+        ((photos, "--output", tmp_path / "labels.txt"), "labels.txt: must end in .csv or .parquet"),
+        ((photos, "--batch_size", 0), "--batch_size: must be at least 1, got 0"),
     ):
         assert message in failure("classify", "--model", checkpoint, *arguments)

@@ -91,11 +91,11 @@ def test_folder_without_subfolders_has_no_labels(retrieve, photos, drawn_rows):
     assert "same label" not in output and "Drew 6 images" in output and drawn_rows[0][0].title == "0.png"
 
 
-def test_links_are_the_same_image_and_what_cannot_be_read_is_left_out(retrieve, photos):
+def test_links_are_the_same_image_and_what_cannot_be_read_is_left_out(example, options, photos):
     (photos / "red" / "link.png").symlink_to(photos / "red" / "0.png")
     (photos / "red" / "cut.png").write_bytes((photos / "red" / "0.png").read_bytes()[:300])
-    output = retrieve("--data", photos)
-    assert output.count("left out") == 1 and "cut.png" in output and "over 12 images" in output
+    output, errors = example("retrieve", *options, "--data", photos)
+    assert errors.count("left out") == 1 and "cut.png" in errors and "over 12 images" in output
 
 
 def test_only_changed_images_or_weights_are_embedded_again(nearest, photos, checkpoint, monkeypatch):

@@ -30,6 +30,31 @@ if TYPE_CHECKING:
 
 
 DEFAULT_MODEL = "timm/crossvit_15_dagger_240.in1k"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def positive_int(text: str) -> int:
+    """The value of an option that counts something."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `load_model` in inference.py, and the size of batches."""
+    add = parser.add_argument
+    add("--model", default=DEFAULT_MODEL, help="folder or Hub ID of a CrossViT; default: %(default)s")
+    add("--batch_size", type=positive_int, default=32, help="images per forward pass; default: %(default)s")
+    add("--dtype", choices=DTYPES, help="data type of the model; default: that of the checkpoint")
+
+
+def add_predict_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `load_model` and `predict` in inference.py."""
+    add_model_options(parser)
+    workers = "processes that read images; default: with a GPU one per core, at most 8, else none"
+    parser.add_argument("--num_workers", type=int, help=workers)
+    parser.add_argument("--compile", action="store_true", help="compile the model first, worthwhile for many images")
 
 
 def make_parser(groups: Any, description: str, defaults: dict[str, Any]) -> "HfArgumentParser":

@@ -13,6 +13,7 @@
 # limitations under the License.
 """Finds and opens image files: only formats of photos, upright and in RGB, with errors that name the file."""
 
+import glob
 import io
 import os
 from collections.abc import Collection
@@ -36,20 +37,34 @@ def image_formats() -> list[str]:
     return [name for name in IMAGE_FORMATS if name in PIL.Image.OPEN]
 
 
+def image_suffixes() -> set[str]:
+    """The suffixes of the [`image_formats`], in lower case."""
+    formats = image_formats()
+    return {suffix for suffix, name in PIL.Image.registered_extensions().items() if name in formats}
+
+
 def find_images(folder: Path, suffixes: Collection[str] | None = None) -> list[Path]:
     """
-    The image files in a folder and its subfolders, in order; hidden ones are left out. They have the suffixes of the
-    [`image_formats`] or, in lower case, the given ones.
+    The image files in a folder and its subfolders, in order; hidden ones are left out. They have the
+    [`image_suffixes`] or, in lower case, the given ones.
     """
-    if suffixes is None:
-        formats = image_formats()
-        suffixes = {suffix for suffix, name in PIL.Image.registered_extensions().items() if name in formats}
+    suffixes = image_suffixes() if suffixes is None else suffixes
     found = []
     for path, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith((".", "__")) and not is_ancestor(path, name)]
         files = (Path(path, name) for name in names if not name.startswith("."))
         found += [file for file in files if file.suffix.lower() in suffixes and file.is_file()]
     return sorted(found)
+
+
+def find_files(source: str, suffixes: Collection[str]) -> list[str]:
+    """The absolute paths or URLs of the files with these suffixes in a folder, glob or URL of `fsspec`, in order."""
+    if os.path.isdir(source):
+        return [str(path.absolute()) for path in find_images(Path(source), suffixes)]
+    system, pattern = fsspec.core.url_to_fs(source)
+    found = system.glob(pattern) if glob.has_magic(pattern) else system.find(pattern)
+    paths = (system.unstrip_protocol(path).removeprefix("file://") for path in found)
+    return sorted(path for path in paths if os.path.splitext(path)[1].lower() in suffixes)
 
 
 def is_ancestor(folder: str, name: str) -> bool:
@@ -93,8 +108,11 @@ def decode_image(image: dict[str, Any] | None, mode: str | None = "RGB") -> PIL.
     if content is None and path is None:
         raise CommandError("an image is missing")
     if content is None and "://" in path:
-        with fsspec.open(path, "rb") as file:
-            content = file.read()
+        try:
+            with fsspec.open(path, "rb") as file:
+                content = file.read()
+        except Exception as error:  # of many types, by filesystem
+            raise CommandError(f"{path}: cannot be read ({one_line(error)})") from error
     return open_image(path if content is None else io.BytesIO(content), path or "an image", mode)
 
 

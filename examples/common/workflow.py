@@ -13,13 +13,11 @@
 # limitations under the License.
 """What the training commands share: from labelled images to a trained, evaluated and saved model."""
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
-import joblib
 import torch
 from accelerate.utils import gather_object
 from transformers import TrainingArguments, set_seed
@@ -36,16 +34,7 @@ from .labelled_images import DataArguments, LabelledImages
 from .metrics import MultiLabelMetric, SingleLabelMetric, save_confusion_matrix
 from .model_card import ModelCardTrainer
 from .streams import ImageStream, StreamTrainer
-
-
-def default_num_workers() -> int:
-    """
-    Number of processes that read images for each training process: a core for each worker, at most 8. None without an
-    accelerator, where they would only take the cores of the model.
-    """
-    if not torch.accelerator.is_available():
-        return 0
-    return min(max(joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1), 8)
+from .workers import default_num_workers
 
 
 # Defaults of TrainingArguments that suit images and that users of a command expect
