@@ -16,6 +16,7 @@ from crossvit import CrossViTImageProcessor
 @pytest.mark.slow
 def test_benchmark_measures_every_task(monkeypatch, tmp_path, capfd):
     monkeypatch.setattr(measuring, "READ_IMAGES", 32)
+    monkeypatch.setattr(measuring, "CLASSIFIED_IMAGES", 32)
     monkeypatch.setitem(sys.modules, "measuring", measuring)
     options = "--variants crossvit_tiny --batch_sizes 1 --dtypes float32 --modes eager --seconds 0 --output"
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *options.split(), str(tmp_path)])
@@ -28,7 +29,7 @@ def test_benchmark_measures_every_task(monkeypatch, tmp_path, capfd):
         assert {len(rounds) for rounds in record["values"].values()} == {1 if record["task"] == "memory" else 3}
     assert values.keys() == set(benchmark.TASKS)
     assert all(values[task].keys() == {"ours", "timm", "wrapper"} for task in ("inference", "training", "loading"))
-    assert values["streaming"].keys() == {"ours", "stream"}
+    assert values["streaming"].keys() == {"ours", "stream"} and values["startup"].keys() == {"ours", "wrapper"}
     # Weights, gradients and the two moments of AdamW: 4 bytes each for 7,014,800 parameters
     assert min(values["memory"].values())[0] > 4 * 4 * 7_014_800
 

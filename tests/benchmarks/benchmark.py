@@ -20,7 +20,10 @@ from typing import Any
 EXAMPLES = Path(__file__).parents[2] / "examples"
 VARIANTS_FILE = Path(__file__).parents[2] / "conversion" / "variants.json"
 VARIANTS = {variant["name"]: variant for variant in json.loads(VARIANTS_FILE.read_text(encoding="utf-8"))}
-TASKS = ("inference", "training", "memory", "preprocessing", "reading", "streaming", "loading", "pipeline")
+TASKS = (
+    *("inference", "training", "memory", "preprocessing", "reading", "streaming"),
+    *("loading", "pipeline", "classifying", "startup"),
+)
 DTYPES = ("float32", "bfloat16")
 MODES = ("eager", "compiled", "reduce-overhead", "checkpointing")
 PREPROCESSED_IMAGES = 32
@@ -31,6 +34,7 @@ PREPROCESSING_MODES = {
     "reading": [f"{name}{where}" for where in ("", ", worker") for name in ("fine-tuning", "recipe", "evaluation")],
     "streaming": [f"{name}{where}" for where in ("", ", worker") for name in ("folder", "parquet")],
 }
+CLASSIFYING_MODES = [f"{command}{where}" for command in ("classify", "evaluate") for where in ("", ", 2 workers")]
 QUICK = {"variants": ["crossvit_tiny", "crossvit_9_dagger"], "batch_sizes": [8], "modes": ["eager"], "seconds": 2.0}
 
 # A cell, by its first columns of the table, is what all contenders do in turns
@@ -71,10 +75,12 @@ def plan(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     preprocessed = set()
     for variant, task in itertools.product(args.variants, args.tasks):
         choices = (args.batch_sizes, args.dtypes, args.modes, args.attn_implementation)
-        if task == "loading":
+        if task in ("loading", "startup"):
             choices = ([1], ["float32"], ["eager"], [None])
         elif task == "pipeline":
             choices = (args.batch_sizes, args.dtypes, ["eager"], args.attn_implementation)
+        elif task == "classifying":
+            choices = ([PREPROCESSED_IMAGES], args.dtypes, CLASSIFYING_MODES, args.attn_implementation)
         elif task in PREPROCESSING_MODES:
             choices = ([PREPROCESSED_IMAGES], ["float32"], PREPROCESSING_MODES[task], [None])
             image_size = VARIANTS[variant]["preprocessing"]["input"]

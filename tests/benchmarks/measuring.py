@@ -1,5 +1,6 @@
 """The contenders of the benchmark, the work that they do, and how it is checked and measured."""
 
+import argparse
 import copy
 import functools
 import json
@@ -7,6 +8,8 @@ import os
 import platform
 import re
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,8 +27,10 @@ import torch
 import transformers
 from accelerate import Accelerator
 from common.data_sources import ImageSource
+from common.images import find_images
+from common.inference import best_labels, predict
 from common.labelled_images import LabelledImages
-from common.streams import StreamLoader
+from common.streams import StreamLoader, StreamTrainer
 from common.workflow import transformed
 from safetensors.torch import save_file
 from timm.data import ImageDataset, create_transform, resolve_data_config
@@ -51,9 +56,10 @@ Step = Callable[[], Any]
 CONTENDERS = ("ours", "timm", "wrapper")
 COMPILE_MODES = {"compiled": "default", "reduce-overhead": "reduce-overhead"}
 IMAGE_PROCESSORS: dict[str, Any] = {"torchvision": CrossViTImageProcessor, "pil": CrossViTImageProcessorPil}
-PAPER_RECIPE = Path(__file__).parents[2] / "examples" / "paper_recipe.json"
+EXAMPLES = Path(__file__).parents[2] / "examples"
+PAPER_RECIPE = EXAMPLES / "paper_recipe.json"
 PIPELINE_IMAGES = 16
-READ_IMAGES, CLASSES, SHARDS = 256, 8, 4
+READ_IMAGES, CLASSIFIED_IMAGES, CLASSES, SHARDS = 256, 1000, 8, 4
 MIN_ROUNDS = 3
 MIN_TURN_SECONDS = 0.05  # Shorter steps are repeated
 # Of the difference from timm, relative to timm's largest value. On a CPU logits differed by up to 9.3e-7 in float32
@@ -176,11 +182,11 @@ def make_preprocessing_steps(cell: Cell) -> dict[str, Step]:
 
 
 @functools.cache
-def write_photos() -> tempfile.TemporaryDirectory:
+def write_photos(images: int) -> tempfile.TemporaryDirectory:
     """JPEG files of 500x400 pixels, with smooth colors and noise like a photo's, in a folder per class."""
     folder = tempfile.TemporaryDirectory()
     generator = np.random.default_rng(0)
-    for number in range(READ_IMAGES):
+    for number in range(images):
         thumbnail = generator.integers(256, size=(5, 6, 3), dtype=np.uint8)
         pixels = np.asarray(PIL.Image.fromarray(thumbnail).resize((500, 400)))
         noise = 8 * generator.standard_normal(pixels.shape, np.float32)
@@ -193,7 +199,7 @@ def write_photos() -> tempfile.TemporaryDirectory:
 
 def make_reading_steps(cell: Cell) -> dict[str, Step]:
     """Pixel values of a batch of random images from JPEG files, augmented unless for evaluation."""
-    folder = Path(write_photos().name)
+    folder = Path(write_photos(READ_IMAGES).name)
     mode, _, worker = cell.mode.partition(", ")
     edge, crop = (cell.variant["preprocessing"][name] for name in ("resize_shortest_edge", "center_crop"))
     processor = CrossViTImageProcessor(size={"shortest_edge": edge}, crop_size={"height": crop, "width": crop})
@@ -245,7 +251,7 @@ def make_reading_steps(cell: Cell) -> dict[str, Step]:
 def make_streaming_steps(cell: Cell, folder: Path) -> dict[str, Step]:
     """A pass over all images, from disk and as a stream, augmented for fine-tuning: pixel values of the last batch."""
     files, _, worker = cell.mode.partition(", ")
-    source = write_photos().name
+    source = write_photos(READ_IMAGES).name
     edge, crop = (cell.variant["preprocessing"][name] for name in ("resize_shortest_edge", "center_crop"))
     processor = CrossViTImageProcessor(size={"shortest_edge": edge}, crop_size={"height": crop, "width": crop})
     transform, collate = TrainingTransform(AugmentationArguments(), processor), Collator(CLASSES)
@@ -278,6 +284,98 @@ def make_streaming_steps(cell: Cell, folder: Path) -> dict[str, Step]:
         return batch["pixel_values"]
 
     return {name: functools.partial(read, loader) for name, loader in loaders.items()}
+
+
+def make_classifying_steps(cell: Cell) -> dict[str, Step]:
+    """The scores of the top five classes of JPEG files, as `classify.py` or `evaluate_checkpoint.py` finds them."""
+    folder = Path(write_photos(CLASSIFIED_IMAGES).name)
+    command, _, workers = cell.mode.partition(", ")
+    num_workers = int(workers.partition(" ")[0] or 0)
+    edge, crop = (cell.variant["preprocessing"][name] for name in ("resize_shortest_edge", "center_crop"))
+    processor = CrossViTImageProcessor(size={"shortest_edge": edge}, crop_size={"height": crop, "width": crop})
+    models = {name: build_model(name, cell).to(cell.device, getattr(torch, cell.dtype)) for name in ("ours", "timm")}
+
+    def classify() -> torch.Tensor:
+        options = argparse.Namespace(batch_size=cell.batch_size, num_workers=num_workers, compile=False)
+        results = predict(best_scores, models["ours"], processor, find_images(folder), options)
+        return torch.tensor([scores for _, scores in results])
+
+    def best_scores(model: Any, pixel_values: torch.Tensor) -> tuple[torch.Tensor]:
+        return best_labels(model(pixel_values).logits, model.config)[1:]
+
+    trainer = StreamTrainer(
+        models["ours"],
+        transformers.TrainingArguments(
+            tempfile.gettempdir(),
+            per_device_eval_batch_size=cell.batch_size,
+            dataloader_num_workers=num_workers,
+            accelerator_config={"non_blocking": True},
+            use_cpu=cell.device == "cpu",
+            remove_unused_columns=False,
+            label_names=["labels"],
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        data_collator=Collator(CLASSES),
+        preprocess_logits_for_metrics=lambda logits, labels: logits.float().softmax(dim=-1).topk(5).values,
+    )
+    images = LabelledImages.load(ImageSource(str(folder))).splits["train"]
+
+    def evaluate() -> torch.Tensor:
+        return torch.from_numpy(trainer.predict(transformed(images, EvaluationTransform(processor))).predictions)
+
+    pretrained_cfg = timm.get_pretrained_cfg(cell.timm_name).to_dict()
+    transform = create_transform(**resolve_data_config(pretrained_cfg=pretrained_cfg))
+
+    @torch.inference_mode()
+    def loop() -> torch.Tensor:
+        """What a user of timm writes."""
+        loader = DataLoader(
+            ImageDataset(folder, transform=transform),
+            cell.batch_size,
+            num_workers=num_workers,
+            pin_memory=cell.device == "cuda",
+        )
+        scores = []
+        for batch, _ in loader:
+            logits = models["timm"](batch.to(cell.device, non_blocking=True).to(getattr(torch, cell.dtype)))
+            scores.append(logits.float().softmax(dim=-1).topk(5).values.cpu())
+        return torch.cat(scores)
+
+    return {"ours": {"classify": classify, "evaluate": evaluate}[command], "timm": loop}
+
+
+PIPELINE_SCRIPT = """
+import sys
+from transformers import pipeline
+classifier = pipeline("image-classification", sys.argv[1])
+for file in sys.argv[2:]:
+    print(file, *(f"{entry['label']} {entry['score']:.1%}" for entry in classifier(file)), sep="  ", flush=True)
+"""
+
+
+def make_startup_steps(cell: Cell, folder: Path) -> dict[str, Step]:
+    """From the command to the label of a photo, with a checkpoint of timm in `folder`: the index of the label."""
+    pretrained_cfg = timm.get_pretrained_cfg(cell.timm_name).to_dict()
+    config = {"architecture": cell.variant["architecture"], "num_classes": 1000, "pretrained_cfg": pretrained_cfg}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file(build_model("timm", cell).state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "script.py").write_text(PIPELINE_SCRIPT, encoding="utf-8")
+    photo = str(next(Path(write_photos(READ_IMAGES).name).glob("*/*.jpg")))
+    labels = list(CrossViTConfig.from_pretrained(folder).id2label.values())
+
+    def run(*command: object) -> torch.Tensor:
+        with subprocess.Popen(
+            [sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as process:
+            line = process.stdout.readline()
+            process.kill()  # What follows the label does not count
+        return torch.tensor([labels.index(line.split("  ")[1].rpartition(" ")[0])])
+
+    return {
+        "ours": functools.partial(run, EXAMPLES / "classify.py", photo, "--model", folder),
+        "wrapper": functools.partial(run, folder / "script.py", folder, photo),
+    }
 
 
 def make_loading_steps(cell: Cell, folder: Path) -> dict[str, Step]:
@@ -411,7 +509,7 @@ def measure(cell: Cell, seconds: float) -> dict[str, Any]:
     """
     torch.compiler.reset()  # PyTorch stops compiling after a number of models
     # The torchvision backend rounds differently
-    in_pixels = cell.task in ("preprocessing", "reading", "streaming", "pipeline")
+    in_pixels = cell.task in ("preprocessing", "reading", "streaming", "pipeline", "classifying")
     tolerance = PIXEL_TOLERANCE if in_pixels else LOGITS_TOLERANCES[cell.dtype]
     if cell.task == "memory":
         found = {name: run_in_fresh_process(measure_peak_memory, name, cell) for name in CONTENDERS}
@@ -432,6 +530,10 @@ def measure(cell: Cell, seconds: float) -> dict[str, Any]:
             steps = make_streaming_steps(cell, Path(folder))
         elif cell.task == "pipeline":
             steps = make_pipeline_steps(cell)
+        elif cell.task == "classifying":
+            steps = make_classifying_steps(cell)
+        elif cell.task == "startup":
+            steps = make_startup_steps(cell, Path(folder))
         elif cell.task == "loading":
             steps = make_loading_steps(cell, Path(folder))
         else:
