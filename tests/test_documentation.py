@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
@@ -92,6 +93,8 @@ def names_from_the_text(tmp_path, monkeypatch) -> dict[str, object]:
     processor = CrossViTImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
     model.save_pretrained("outputs/quickstart")
     processor.save_pretrained("outputs/quickstart")
+    rows = {"path": ["a", "b", "c"], "embedding": torch.randn(3, 56).tolist(), "error": [None, None, "cannot be read"]}
+    datasets.Dataset.from_dict(rows).to_parquet("outputs/labels/part.parquet")
     photo, depth_image = (PIL.Image.fromarray(np.full((30, 30, 3), value, np.uint8)) for value in (50, 200))
     return {
         "AttentionMaps": AttentionMaps,
