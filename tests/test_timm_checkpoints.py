@@ -11,7 +11,15 @@ import pytest
 import timm
 import torch
 from reference import VARIANTS, to_transformers_name
-from reference_files import assert_same_weights, ibm_names, lucid_names, published_config, save_timm_folder, small_timm
+from reference_files import (
+    SMALL,
+    assert_same_weights,
+    ibm_names,
+    lucid_names,
+    published_config,
+    save_timm_folder,
+    small_timm,
+)
 from safetensors.torch import load_file
 from timm_reference import timm_variant
 from transformers import AutoConfig, AutoModelForImageClassification
@@ -205,30 +213,68 @@ def test_names_of_classes(tmp_path, labels):
     assert config.id2label == expected and config.label2id == {name: index for index, name in expected.items()}
 
 
+def test_descriptions_of_classes(tmp_path):
+    names = {"label_names": ["n1", "n2", "n3", "n4", "n5"], "label_descriptions": {"n1": "ant", "n5": "elk"}}
+    folder = save_timm_folder(small_timm(), tmp_path / "timm", **names)
+    config = CrossViTConfig.from_pretrained(folder)
+    assert list(config.id2label.values()) == ["ant", "n2", "n3", "n4", "elk"] and config.label2id["elk"] == 4
+    # timm has them from the same file
+    pretrained_cfg = timm.create_model(f"local-dir:{folder}").pretrained_cfg
+    assert pretrained_cfg["label_descriptions"] == names["label_descriptions"]
+
+
 @pytest.mark.parametrize(
-    "preprocessing",
+    ("options", "preprocessing"),
     [
-        {"crop_pct": 0.9, "interpolation": "bilinear", "mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3]},
-        {"crop_pct": 0.9, "crop_mode": "squash"},
-        {"crop_pct": 1.0, "crop_mode": "squash"},
-        {"crop_pct": None, "interpolation": None, "mean": None, "std": None},
+        ({}, {"crop_pct": 0.9, "interpolation": "bilinear", "mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3]}),
+        ({}, {"crop_pct": 0.9, "crop_mode": "squash"}),
+        ({}, {"crop_pct": 1.0, "crop_mode": "squash"}),
+        ({}, {"crop_pct": None, "interpolation": None, "mean": None, "std": None}),
+        ({}, {"test_input_size": [3, 54, 54], "test_crop_pct": 1.0}),  # which timm uses on request only
+        ({"in_chans": 1}, {"mean": [0.4], "std": [0.1]}),
+        ({"img_size": 54}, {}),
+        ({"img_size": (54, 54)}, {"input_size": [3, 36, 36]}),
+        ({"img_size": (36, 54)}, {"crop_mode": "squash"}),
+        ({"img_scale": (1.0, 40 / 36)}, {"crop_pct": 0.8}),
+        ({"num_classes": 3, "drop_rate": 0.5}, {}),
     ],
     ids=str,
 )
-def test_image_processors_equal_timms_transform(tmp_path, image, preprocessing):
-    folder = save_timm_folder(small_timm(), tmp_path / "timm", pretrained_cfg=preprocessing)
-    model = timm.create_model(f"local-dir:{folder}")
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    processor = CrossViTImageProcessorPil.from_pretrained(folder)
-    assert torch.equal(processor(image, return_tensors="pt").pixel_values[0], transform(image))
+def test_config_json_means_what_it_means_to_timm(tmp_path, image, options, preprocessing):
+    """Logits and pixels are those of what timm builds from the same folder."""
+    model = small_timm(**options)
+    folder = save_timm_folder(model, tmp_path / "timm", pretrained_cfg=preprocessing, model_args={**SMALL, **options})
+    reference = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    data_config = timm.data.resolve_model_data_config(reference)
+    # As timm's validation script opens images
+    pixels = image if data_config["input_size"][0] == 3 else image.convert("L")
+    expected = timm.data.create_transform(**data_config)(pixels)[None]
+    values = CrossViTImageProcessorPil.from_pretrained(folder)(image, return_tensors="pt").pixel_values
+    assert torch.equal(values, expected)
+    ours = CrossViTForImageClassification.from_pretrained(folder)
+    assert ours.num_labels == reference.num_classes
+    with torch.no_grad():
+        # The bound of test_parity_timm.py, which says why
+        torch.testing.assert_close(ours(values).logits, reference(expected), atol=1e-5, rtol=0)
 
 
-def test_gray_images(tmp_path, image):
+def test_one_channel_with_the_statistics_of_three(tmp_path, image):
+    """timm averages them when it adapts a configuration, but cannot use such a folder by itself."""
     model = small_timm(in_chans=1)
     folder = save_timm_folder(model, tmp_path / "timm", pretrained_cfg={"mean": [0.5, 0.4, 0.3], "std": [0.1] * 3})
-    processor = CrossViTImageProcessorPil.from_pretrained(folder)
-    np.testing.assert_allclose(processor.image_mean, [0.4])
-    assert processor(image.convert("L"), return_tensors="pt").pixel_values.shape == (1, 1, 36, 36)
+    transform = timm.data.create_transform((1, 36, 36), mean=[0.4], std=[0.1], crop_pct=0.875, interpolation="bicubic")
+    for processor in (
+        CrossViTImageProcessorPil.from_pretrained(folder),
+        CrossViTImageProcessor.from_pretrained(folder),
+    ):
+        processor.save_pretrained(tmp_path / "ours")
+        loaded = type(processor).from_pretrained(tmp_path / "ours")
+        for pixels in (image, image.convert("L"), image.convert("RGBA")):
+            values = loaded(pixels, return_tensors="pt").pixel_values
+            # The filter of torchvision differs by 2 of 255 at most
+            torch.testing.assert_close(
+                values[0], transform(image.convert("L")), atol=0 if loaded.backend == "pil" else 0.08, rtol=0
+            )
 
 
 @pytest.mark.parametrize(
@@ -241,6 +287,8 @@ def test_gray_images(tmp_path, image):
         ({"model_args": {"crop_scale": True}}, "crop_scale=True"),
         ({"model_args": {"norm_layer": "rmsnorm"}}, "norm_layer"),
         ({"label_names": ["a", "b"]}, "2 label_names for 5 classes"),
+        ({"label_descriptions": {"a": "ant"}}, "label_descriptions but no label_names"),
+        ({"model_args": {"img_size": 44}}, "images of 44x44, of which a branch makes 44x44"),
     ],
     ids=str,
 )

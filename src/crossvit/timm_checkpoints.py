@@ -141,12 +141,20 @@ def read_model_config(config: dict[str, Any]) -> dict[str, Any]:
     num_channels, height, width = get_input_size(config)
     native_sizes = architecture["image_size"]
     scales = arguments.get("img_scale") or [size / native_sizes[0] for size in native_sizes]
+    image_sizes = [(int(height * scale), int(width * scale)) for scale in scales]
+    for (rows, columns), patch in zip(image_sizes, arguments.get("patch_size", architecture["patch_size"])):
+        # timm counts the position embeddings in this order
+        if rows // patch * columns // patch != (rows // patch) * (columns // patch):
+            raise ValueError(
+                f"config.json has images of {height}x{width}, of which a branch makes {rows}x{columns}. timm has not"
+                f" as many position embeddings as patches of {patch} pixels there and cannot run the model either."
+            )
     id2label = dict(enumerate(get_class_names(config)))
     return {
         "model_type": "crossvit",
         **architecture,
         **{ours: arguments[timms] for timms, ours in ARGUMENT_NAMES.items() if timms in arguments},
-        "image_size": [(int(height * scale), int(width * scale)) for scale in scales],
+        "image_size": image_sizes,
         "num_channels": num_channels,
         "id2label": id2label,
         "label2id": {label: index for index, label in id2label.items()},
@@ -205,19 +213,25 @@ def get_input_size(config: dict[str, Any]) -> tuple[int, int, int]:
 
 
 def get_class_names(config: dict[str, Any]) -> list[str]:
-    """The names of all classes, in their order; those of ImageNet where there are 1000 without names, as in timm."""
+    """
+    The names of all classes, in their order: their descriptions where there are any, and those of ImageNet where there
+    are 1000 classes without names, as in timm.
+    """
     settings = {**config.get("pretrained_cfg", {}), **config, **get_model_args(config)}
     num_classes = settings["num_classes"]
     names = settings.get("label_names") or settings.get("labels")
+    descriptions = settings.get("label_descriptions") or {}
+    if descriptions and not names:
+        raise ValueError("config.json has label_descriptions but no label_names, so their order is unknown.")
     # Checkpoints that carry their code do not carry the list, as their config.json has the names
     imagenet_classes = Path(__file__).with_name("imagenet_classes.txt")
     if names is None and num_classes == 1000 and imagenet_classes.is_file():
         names = imagenet_classes.read_text(encoding="utf-8").splitlines()
     if names is None or isinstance(names, dict):  # which may have gaps
-        return [(names or {}).get(str(index), f"LABEL_{index}") for index in range(num_classes)]
+        names = [(names or {}).get(str(index), f"LABEL_{index}") for index in range(num_classes)]
     if len(names) != num_classes:
         raise ValueError(f"config.json has {len(names)} label_names for {num_classes} classes.")
-    return list(names)
+    return [descriptions.get(name, name) for name in names]
 
 
 def per_channel(values: Sequence[float], num_channels: int) -> list[float]:
