@@ -134,7 +134,7 @@ def main() -> None:
         output_dir=tempfile.gettempdir(),  # the Trainer would create a folder, though it writes nothing
         per_device_eval_batch_size=args.batch_size,
         dataloader_num_workers=default_num_workers() if args.num_workers is None else args.num_workers,
-        accelerator_config={"non_blocking": True},
+        accelerator_config={"non_blocking": torch.accelerator.is_available()},  # warns without
         use_cpu=args.cpu,
         remove_unused_columns=False,
         label_names=["labels"],

@@ -20,11 +20,11 @@ TINY_TRAINING = "--use_cpu --learning_rate 2e-3 --num_train_epochs 6 --per_devic
 TINY_TRAINING += "--disable_tqdm true --crop_scale 0.5 1 --report_to none".split()
 
 
-def save_checkpoint(config: CrossViTConfig, folder: Path) -> Path:
+def save_checkpoint(config: CrossViTConfig, folder: Path, **options) -> Path:
     """Saves a model, every weight of which was moved, and its image processor; returns the folder."""
     perturb(CrossViTForImageClassification(config)).save_pretrained(folder)
     size = {"size": {"shortest_edge": 40}, "crop_size": {"height": 36, "width": 36}}
-    CrossViTImageProcessor(**size, image_mean=[0.5, 0.4, 0.3]).save_pretrained(folder)
+    CrossViTImageProcessor(**{**size, "image_mean": [0.5, 0.4, 0.3], **options}).save_pretrained(folder)
     return folder
 
 

@@ -275,6 +275,25 @@ def test_smooth_maps_keep_constants_and_order():
     assert (np.diff(ramp[20, 10:60]) >= -1e-9).all()
 
 
+def test_later_images_are_drawn_where_the_first_is(model):
+    """The image processor resizes them to the first: its crop shows the same part of both, in their own pixels."""
+    image = make_image(60, 44)
+    maps = AttentionMaps(model, make_processor(), (image, image.resize((90, 132))))
+    first, second = maps.crops
+    assert first.image_size == (44, 60) and second.image_size == (132, 90)
+    for axis, ratio in enumerate((3, 1.5)):
+        assert second.origin[axis] == pytest.approx(ratio * first.origin[axis])
+        assert second.size[axis] == pytest.approx(ratio * first.size[axis])
+
+
+def test_more_than_8_bits_are_refused(model, tmp_path):
+    image = PIL.Image.fromarray(np.full((44, 60), 40_000, np.uint16))
+    image.save(tmp_path / "image.png")
+    for wrong in (image, str(tmp_path / "image.png"), (make_image(), image)):
+        with pytest.raises(ValueError, match="mode I;16 instead of 8 bits per channel"):
+            AttentionMaps(model, make_processor(), wrong)
+
+
 @pytest.mark.parametrize("backend", [CrossViTImageProcessor, CrossViTImageProcessorPil])
 @pytest.mark.parametrize("size", [(1, 100_000), (100_000, 1), (30, 6500)])
 def test_extreme_aspect_ratio_is_refused_before_anything_is_resized(model, monkeypatch, backend, size):

@@ -3,11 +3,12 @@
 import csv
 from functools import partial
 
+import numpy as np
 import PIL.Image
 import pyarrow.parquet
 import pytest
 import torch
-from examples_in_process import EXAMPLES
+from examples_in_process import EXAMPLES, save_checkpoint
 from image_folders import image_bytes, write_files
 from python_process import run_python
 
@@ -143,6 +144,17 @@ def test_lines_without_a_table(classify, photos):
     lines = [line.split("  ") for line in output.splitlines()]
     assert [line[0] for line in lines] == [str(photos / name) for name in ("f.png", "b/c.png", "b/d/e.png")]
     assert all(len(line) == 6 and line[1].endswith("%") for line in lines)
+
+
+def test_gray_model_and_sixteen_bits(example, small_config, photos, tmp_path):
+    small_config.num_channels = 1
+    options = {"image_mean": [0.5], "image_std": [0.2], "do_convert_rgb": False}
+    gray = save_checkpoint(small_config, tmp_path / "gray", **options)
+    PIL.Image.fromarray(np.full((40, 44), 40_000, np.uint16)).save(photos / "sixteen.png")
+    output, errors = example("classify", photos, "--model", gray)
+    assert (
+        len(output.splitlines()) == 4 and "sixteen.png: cannot be read as an image (An image has mode I;16" in errors
+    )
 
 
 def test_fewer_labels_than_five(classify, checkpoint, photos, small_config, tmp_path):

@@ -12,7 +12,7 @@ import PIL.Image
 import pytest
 import timm
 import torch
-from examples_in_process import EXAMPLES, history, results
+from examples_in_process import EXAMPLES, history, results, save_checkpoint
 from image_folders import CLASSES, encoded, write_pairs, write_rows, write_zoo
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -239,6 +239,13 @@ def test_push_to_the_hub(hub, finetune_options, tmp_path):
 def test_what_is_wrong_is_named_before_the_training(failure, finetune_options, tmp_path, options, message):
     assert message in failure("finetune", *finetune_options(*options))
     assert not (tmp_path / "tuned" / "model.safetensors").exists()
+
+
+def test_only_rgb_images_are_trained_with(failure, finetune_options, small_config, tmp_path):
+    small_config.num_channels = 1
+    gray = save_checkpoint(small_config, tmp_path / "gray", image_mean=[0.5], image_std=[0.2], do_convert_rgb=False)
+    message = "takes images of 1 channels, but training is only for RGB images"
+    assert message in failure("finetune", *finetune_options(model=gray))
 
 
 def test_an_output_among_the_images_is_refused(failure, finetune_options, zoo):

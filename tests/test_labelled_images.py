@@ -288,7 +288,10 @@ def test_classes_that_only_the_validation_has_are_named(source):
     [
         (b"no image", "not an image of the formats JPEG, "),
         (encoded(PIL.Image.effect_noise((64, 64), 90))[:-2000], "truncated"),
-        (encoded(PIL.Image.fromarray(np.full((8, 8), 32768, np.uint16))), "more than 8 bits"),
+        (
+            encoded(PIL.Image.fromarray(np.full((8, 8), 32768, np.uint16))),
+            "mode I;16 instead of 8 bits per channel. Scale the values",
+        ),
     ],
     ids=["text", "truncated", "16 bits"],
 )

@@ -82,13 +82,16 @@ def open_image(file: str | Path | BinaryIO, name: str | None = None, mode: str |
         mode (`str`, *optional*, defaults to `"RGB"`): Pillow's mode of the image; `None` for that of the file.
 
     Raises:
-        `CommandError`: names a file that is not such an image.
+        `CommandError`: names a file that is not such an image, or has more than 8 bits per channel.
     """
+    from crossvit.image_processing_pil_crossvit import check_bit_depth  # takes seconds the first time
+
     formats = image_formats()
     if isinstance(file, (str, Path)) and os.path.exists(file) and not os.path.isfile(file):
         raise CommandError(f"{name or file}: not a file")  # reading a named pipe would wait for ever
     try:
         with PIL.Image.open(file, formats=formats) as image:
+            check_bit_depth(image)
             image.load()
             # In place, since otherwise it copies upright images too
             PIL.ImageOps.exif_transpose(image, in_place=True)

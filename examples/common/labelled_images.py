@@ -205,8 +205,6 @@ def inspect_image(image: dict[str, Any] | None, is_mask: bool) -> dict[str, Any]
     transparent = transparent and decoded.convert("RGBA").getextrema()[3][0] < 255
     brightest = decoded.convert("L").getextrema()[1]
     problem = ""
-    if decoded.mode.startswith(("I", "F")):
-        problem = "more than 8 bits per channel; convert it to 8"
-    elif is_mask and 0 < brightest < 128:
+    if is_mask and 0 < brightest < 128:
         problem = f"the brightest pixel of the mask is {brightest} of 255; objects must be white"
     return {"problem": problem and f"{image['path'] or 'an image'}: {problem}", "transparent": transparent}

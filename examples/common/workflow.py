@@ -104,6 +104,8 @@ def make_trainer(
         `CommandError`: if the images do not suit the model or the augmentation.
     """
     check_image_columns(images.image_columns, model)
+    if (channels := unwrap_peft(model).config.num_channels) != 3:
+        raise CommandError(f"--model: takes images of {channels} channels, but training is only for RGB images")
     metric = MultiLabelMetric() if images.multi_label else SingleLabelMetric()
     if images.multi_label and args.metric_for_best_model == "accuracy":
         args.metric_for_best_model = "f1"

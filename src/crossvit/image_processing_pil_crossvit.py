@@ -13,6 +13,8 @@
 # limitations under the License.
 """Image processor class for CrossViT, PIL backend: equal to timm's evaluation transform."""
 
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,11 +28,24 @@ from transformers.image_utils import (
     ChannelDimension,
     PILImageResampling,
     SizeDict,
-    infer_channel_dimension_format,
+    get_image_size_for_max_height_width,
+    is_valid_image,
 )
 
 from .remote_code import RemoteCodeMixin
 from .timm_checkpoints import is_timm_config, read_image_processor_config
+
+
+def get_output_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
+    """The (height, width) of an image of `height` x `width` pixels after resizing to `size`."""
+    if size.shortest_edge and size.longest_edge:
+        return get_size_with_aspect_ratio((height, width), size.shortest_edge, size.longest_edge)
+    if size.shortest_edge:
+        shorter = min(height, width)
+        return int(size.shortest_edge * height / shorter), int(size.shortest_edge * width / shorter)
+    if size.max_height and size.max_width:
+        return get_image_size_for_max_height_width((height, width), size.max_height, size.max_width)
+    return size.height, size.width
 
 
 def get_crop_offset(side: int, cropped_side: int) -> int:
@@ -62,15 +77,7 @@ class CrossViTBaseImageProcessor(RemoteCodeMixin, BaseImageProcessor):
 
     def get_resized_size(self, height: int, width: int) -> tuple[int, int]:
         """The (height, width) of an image of `height` x `width` pixels after resizing, before the crop."""
-        size: Any = self.size
-        if not self.do_resize:
-            return height, width
-        if size.shortest_edge and size.longest_edge:
-            return get_size_with_aspect_ratio((height, width), size.shortest_edge, size.longest_edge)
-        if size.shortest_edge:
-            shorter = min(height, width)
-            return int(size.shortest_edge * height / shorter), int(size.shortest_edge * width / shorter)
-        return size.height, size.width
+        return get_output_size(height, width, self.size) if self.do_resize else (height, width)
 
     def get_crop_box(self, height: int, width: int) -> tuple[float, float, float, float]:
         """
@@ -85,12 +92,22 @@ class CrossViTBaseImageProcessor(RemoteCodeMixin, BaseImageProcessor):
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """
-        Opens paths, URLs and base64 strings with PIL in both backends: torchvision's decoder knows neither BMP nor
-        TIFF, and leaves 16-bit images unscaled.
+        Opens paths, URLs and base64 strings with PIL in both backends: torchvision's decoder reads neither BMP nor
+        TIFF files.
+
+        Raises:
+            `ValueError`: for images and arrays with anything but 8 bits or floats per channel, which PIL would clip.
+                (Images from URLs and base64 strings are RGB already: Transformers converts them.)
         """
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(entry) for entry in image_url_or_urls]
-        return BaseImageProcessor.fetch_images(self, image_url_or_urls)
+        image = image_url_or_urls
+        if isinstance(image, str) and os.path.isfile(image):
+            with PIL.Image.open(image) as opened:
+                check_bit_depth(opened)
+        elif is_valid_image(image):
+            check_bit_depth(image)
+        return BaseImageProcessor.fetch_images(self, image)
 
     def process_image(
         self,
@@ -100,31 +117,74 @@ class CrossViTBaseImageProcessor(RemoteCodeMixin, BaseImageProcessor):
         **kwargs,
     ) -> Any:
         """
-        Converts one image to channels-first format. RGB is what `image.convert("RGB")` makes of it, as
-        in timm's data loader: alpha is dropped rather than blended onto white. Arrays follow the same rule: 1 channel
-        is gray, 4 are RGBA.
+        Converts one image to channels-first format. RGB is what `image.convert("RGB")` makes of it, as in timm's data
+        loader: alpha is dropped rather than blended onto white. Arrays follow the same rule: 1 channel is gray, 4 are
+        RGBA. Without `do_convert_rgb`, arrays have a channel for each value of `image_mean`, and if it has one value,
+        images are converted to gray by `image.convert("L")`, as timm does for `in_chans=1`.
 
         Raises:
-            `ValueError`: if an array has neither 1, 3 nor 4 channels and is to be converted to RGB.
+            `ValueError`: if an array has another number of channels.
         """
-        if do_convert_rgb:
-            if isinstance(image, PIL.Image.Image):
-                image, input_data_format = np.array(image.convert("RGB")), ChannelDimension.LAST
-            input_data_format = input_data_format or infer_channel_dimension_format(image, num_channels=(1, 3, 4))
+        if isinstance(image, PIL.Image.Image):
+            image = np.array(convert_mode(image, do_convert_rgb, self.image_mean))
+            input_data_format = ChannelDimension.LAST
+        elif image.ndim == 3 and (do_convert_rgb or input_data_format is None):
+            accepted = (1, 3, 4) if do_convert_rgb else (np.size(self.image_mean),)
+            input_data_format = find_channels(image.shape, accepted, input_data_format)
         image = super().process_image(image, do_convert_rgb=False, input_data_format=input_data_format, **kwargs)
-
         if do_convert_rgb:
-            if image.shape[0] not in (1, 3, 4):
-                raise ValueError(
-                    f"An image must have 1 (gray), 3 (RGB) or 4 (RGBA) channels, got {image.shape[0]} in an array of"
-                    f" shape (channels, height, width) {tuple(image.shape)}."
-                )
             image = image[[0, 0, 0]] if image.shape[0] == 1 else image[:3]
         return image
 
+    def _preprocess(
+        self,
+        images: list[Any],
+        do_rescale: bool,
+        do_normalize: bool,
+        image_mean: Any,
+        images_per_entry: int = 1,
+        **kwargs,
+    ) -> BatchFeature:
+        """
+        As in every image processor. `images_per_entry` is the number of branches if each has its own image.
+
+        Raises:
+            `ValueError`: if there are more or fewer channels than means, or floats are neither in [0, 1] nor in
+                [0, 255].
+        """
+        for image in images:
+            check_range(image, do_rescale)
+            channels = 3 if isinstance(image, PIL.Image.Image) else image.shape[0]
+            if do_normalize and np.size(image_mean) not in (1, channels):
+                raise ValueError(
+                    f"`image_mean` and `image_std` have {np.size(image_mean)} values, and an image has {channels}"
+                    " channels: give a value for each channel."
+                )
+        if images_per_entry > 1:
+            entries = [images[start : start + images_per_entry] for start in range(0, len(images), images_per_entry)]
+            images = [image for entry in entries for image in self.match_first(entry)]
+        return super()._preprocess(
+            images, do_rescale=do_rescale, do_normalize=do_normalize, image_mean=image_mean, **kwargs
+        )
+
+    def match_first(self, images: list[Any]) -> list[Any]:
+        """
+        The images of all branches (channels, height, width), in the size of the first. Every crop of them, in training
+        and in evaluation, then shows the same part of each.
+        """
+        first, *others = images
+        height, width = get_size(first)
+        size = SizeDict(height=height, width=width)
+        resized = [
+            image if get_size(image) == (height, width) else self.resize(image, size, resample=self.resample)
+            for image in others
+        ]
+        return [first, *resized]
+
     def _preprocess_image_like_inputs(self, images: Any, *args, **kwargs) -> BatchFeature:
         """
-        As in every image processor. Tuples of images, one for each branch, are processed image by image and stacked.
+        As in every image processor. In tuples of images, one for each branch, the later images take the size of the
+        first, so that all are cropped alike; the result is stacked.
 
         Raises:
             `ValueError`: if the tuples are empty, differ in length or contain anything but single images.
@@ -142,7 +202,9 @@ class CrossViTBaseImageProcessor(RemoteCodeMixin, BaseImageProcessor):
         flat_images = [image for entry in images for image in entry]
         return_tensors = kwargs.pop("return_tensors", None)
         array_type = "np" if isinstance(self, PilBackend) else "pt"
-        batch = super()._preprocess_image_like_inputs(flat_images, *args, return_tensors=array_type, **kwargs)
+        batch = super()._preprocess_image_like_inputs(
+            flat_images, *args, return_tensors=array_type, images_per_entry=len(images[0]), **kwargs
+        )
         pixel_values = batch["pixel_values"]
         if len(pixel_values) != len(flat_images):
             raise ValueError("The tuples of `images` must contain single images, got batches of images.")
@@ -165,6 +227,63 @@ class CrossViTBaseImageProcessor(RemoteCodeMixin, BaseImageProcessor):
         return (read_image_processor_config(config) if is_timm_config(config) else config), kwargs
 
 
+def check_bit_depth(image: Any) -> None:
+    """A `ValueError` refuses an image of PIL, NumPy or PyTorch whose channels are neither bytes nor floats."""
+    if isinstance(image, PIL.Image.Image):
+        is_wrong, kind = image.mode.startswith(("I", "F")), f"mode {image.mode}"
+    else:
+        kind = str(image.dtype).removeprefix("torch.")
+        is_wrong = "float" not in kind and kind != "uint8"
+    if is_wrong:
+        raise ValueError(
+            f"An image has {kind} instead of 8 bits per channel. Scale the values that matter to bytes first:"
+            " `np.uint8(255 * np.clip((np.asarray(image) - low) / (high - low), 0, 1))`."
+        )
+
+
+def check_range(image: Any, do_rescale: bool) -> None:
+    """A `ValueError` refuses floats that are not an image, or that rescaling would make black."""
+    if isinstance(image, PIL.Image.Image) or "float" not in str(image.dtype):
+        return
+    low, high = float(image.min()), float(image.max())
+    if not (low >= 0 and high <= 255):  # NaN, too
+        raise ValueError(
+            "The floats of an image must be in [0, 1] with `do_rescale=False`, or in [0, 255], got"
+            f" [{low:g}, {high:g}]: scale and clip those that matter, `np.clip((image - low) / (high - low), 0, 1)`."
+        )
+    if do_rescale and 0 < high <= 1:
+        raise ValueError(
+            f"The floats of an image are in [{low:g}, {high:g}], which `do_rescale` would divide by 255: pass"
+            " `do_rescale=False`."
+        )
+
+
+def convert_mode(image: PIL.Image.Image, do_convert_rgb: bool | None, image_mean: Any) -> PIL.Image.Image:
+    """The image in RGB, in gray if there is one mean, or as it is."""
+    mode = "RGB" if do_convert_rgb else "L" if np.size(image_mean) == 1 else image.mode
+    return image if image.mode == mode else image.convert(mode)
+
+
+def find_channels(
+    shape: Sequence[int], accepted: tuple[int, ...], input_data_format: str | ChannelDimension | None
+) -> ChannelDimension:
+    """Where an array of that shape has one of the accepted numbers of channels; `ValueError` if nowhere."""
+    for data_format, channels in ((ChannelDimension.FIRST, shape[0]), (ChannelDimension.LAST, shape[-1])):
+        if channels in accepted and input_data_format in (None, data_format):
+            return data_format
+    names = {(1, 3, 4): "1 (gray), 3 (RGB) or 4 (RGBA)"}
+    raise ValueError(
+        f"An image must have {names.get(accepted, accepted[0])} channels, first or last, got an array of shape"
+        f" {tuple(shape)}. Others need `do_convert_rgb=False` and a value for each channel in `image_mean` and"
+        " `image_std`."
+    )
+
+
+def get_size(image: Any) -> tuple[int, int]:
+    """The (height, width) of an image of PIL or of an array (channels, height, width)."""
+    return image.size[::-1] if isinstance(image, PIL.Image.Image) else tuple(image.shape[-2:])
+
+
 def to_array(image: Any) -> np.ndarray:
     """(channels, height, width) of an RGB image of PIL; arrays are returned as they are."""
     return np.moveaxis(np.array(image), -1, 0) if isinstance(image, PIL.Image.Image) else image
@@ -182,7 +301,7 @@ class CrossViTImageProcessorPil(CrossViTBaseImageProcessor, PilBackend):
     def process_image(self, image: Any, do_convert_rgb: bool | None = None, **kwargs) -> Any:
         """As in the base class, but PIL images are not turned into arrays yet, since PIL resizes them."""
         if do_convert_rgb and isinstance(image, PIL.Image.Image):
-            return image if image.mode == "RGB" else image.convert("RGB")
+            return convert_mode(image, do_convert_rgb, self.image_mean)
         return super().process_image(image, do_convert_rgb, **kwargs)
 
     def _preprocess(self, images: list[Any], do_resize: bool, **kwargs) -> BatchFeature:
@@ -195,14 +314,13 @@ class CrossViTImageProcessorPil(CrossViTBaseImageProcessor, PilBackend):
         Resizes a PIL image or an array (channels, height, width) to (channels, size.height, size.width), or its
         shorter edge to `size.shortest_edge` pixels and the longer one in proportion, rounded down.
         """
-        # The base class of transformers 5.10 resizes PIL images only to a height and width
-        if isinstance(image, PIL.Image.Image) and size.shortest_edge and not size.longest_edge:
-            shorter = min(image.size)
-            width, height = (int(size.shortest_edge * side / shorter) for side in image.size)
-            size = SizeDict(height=height, width=width)
-        elif not (size.height and size.width):
-            image = to_array(image)
-        return super().resize(image, size, **kwargs)
+        height, width = get_output_size(*get_size(image), size)
+        resize, options = super().resize, {"size": SizeDict(height=height, width=width), **kwargs}
+        if isinstance(image, PIL.Image.Image):
+            return resize(image, **options)
+        # Each channel by itself: PIL has neither colors in floats nor other numbers of channels
+        channels = image if image.dtype == np.uint8 else image.astype(np.float32)
+        return np.concatenate([resize(PIL.Image.fromarray(channel), **options) for channel in channels])
 
     def center_crop(self, image: np.ndarray, size: SizeDict, **kwargs) -> np.ndarray:
         """

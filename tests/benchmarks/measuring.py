@@ -309,7 +309,7 @@ def make_classifying_steps(cell: Cell) -> dict[str, Step]:
             tempfile.gettempdir(),
             per_device_eval_batch_size=cell.batch_size,
             dataloader_num_workers=num_workers,
-            accelerator_config={"non_blocking": True},
+            accelerator_config={"non_blocking": cell.device == "cuda"},
             use_cpu=cell.device == "cpu",
             remove_unused_columns=False,
             label_names=["labels"],

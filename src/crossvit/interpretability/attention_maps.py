@@ -58,10 +58,17 @@ class CropRegion:
     size: tuple[float, float]
 
     @classmethod
-    def from_image(cls, image_processor: Any, image: PIL.Image.Image) -> "CropRegion":
-        """The part of `image` that `image_processor` crops."""
-        top, left, height, width = image_processor.get_crop_box(image.height, image.width)
-        return cls((image.height, image.width), (top, left), (height, width))
+    def from_image(
+        cls, image_processor: Any, image: PIL.Image.Image, first: PIL.Image.Image | None = None
+    ) -> "CropRegion":
+        """
+        The part of `image` that `image_processor` crops. Where each branch has its own image, it is the same relative
+        part as of the `first`.
+        """
+        first = first or image
+        top, left, height, width = image_processor.get_crop_box(first.height, first.width)
+        rows, columns = image.height / first.height, image.width / first.width
+        return cls((image.height, image.width), (top * rows, left * columns), (height * rows, width * columns))
 
     def align(self, values: np.ndarray, smooth: bool = False, image_size: tuple[int, int] | None = None) -> np.ndarray:
         """
@@ -176,9 +183,9 @@ class AttentionMaps:
         interpolate_pos_encoding (`bool`, *optional*, defaults to `False`): as in [`CrossViTModel`].
 
     Raises:
-        `ValueError`: if there are neither one nor as many images as branches, for a model of another class, or if
-            resizing would make more than `MAX_RESIZED_PIXELS` of an image that has fewer, as of an image one pixel
-            wide.
+        `ValueError`: if there are neither one nor as many images as branches, for a model of another class, for images
+            of more than 8 bits per channel, or if resizing would make more than `MAX_RESIZED_PIXELS` of an image that
+            has fewer, as of an image one pixel wide.
 
     Attributes:
         images (`tuple[PIL.Image.Image, ...]`): the image of each branch, upright and in RGB.
@@ -195,11 +202,11 @@ class AttentionMaps:
                 f"`image` must be one image or {self.config.num_branches}, one for each branch of the model, got"
                 f" {len(image)}."
             )
-        images = tuple(load_image(entry) for entry in (image if is_per_branch else [image]))
-        for entry in images:
-            check_resized_size(image_processor, entry)
+        opened = image_processor.fetch_images(list(image) if is_per_branch else [image])
+        images = tuple(load_image(entry) for entry in opened)
+        check_resized_size(image_processor, images[0])
         pixel_values = image_processor([images] if is_per_branch else images, return_tensors="pt").pixel_values
-        crops = tuple(CropRegion.from_image(image_processor, entry) for entry in images)
+        crops = tuple(CropRegion.from_image(image_processor, entry, images[0]) for entry in images)
         with torch.no_grad(), eager_attention(model):
             self.outputs = model(
                 pixel_values.to(model.device, model.dtype),

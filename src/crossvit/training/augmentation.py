@@ -111,7 +111,7 @@ class TrainingTransform:
                 f"`auto_augment` {args.auto_augment} moves each image in its own way, so it works neither with"
                 " several images per row nor with masks: leave it out, or use `color_jitter`."
             )
-        self.image_columns, self.mask_column = image_columns, mask_column
+        self.processor, self.image_columns, self.mask_column = processor, image_columns, mask_column
         size = output_size(processor)
         mean, std = tuple(processor.image_mean), tuple(processor.image_std)
         crop: Any = v2.Resize(size, BICUBIC)
@@ -141,7 +141,7 @@ class TrainingTransform:
             first = row_images[self.image_columns[0]]
             # torchvision moves several images together only if they have the same size
             images = [v2.functional.to_image(as_rgb(row_images[column])) for column in self.image_columns]
-            row = [v2.functional.resize(image, [first.height, first.width], BICUBIC) for image in images]
+            row = self.processor.match_first(images)
             if self.mask_column is not None:
                 mask = as_mask(row_images[self.mask_column], first)
                 row.append(tv_tensors.Mask(v2.functional.pil_to_tensor(mask)))
