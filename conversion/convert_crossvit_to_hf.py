@@ -135,7 +135,7 @@ def read_tensors(path: Path, entry: str | None = None) -> dict[str, torch.Tensor
     state_dict = choose_entry(contents, entry, path.name)
     tensors = {to_timm_name(name): tensor for name, tensor in state_dict.items()}
     if not tensors or len(tensors) < len(state_dict):
-        raise ConversionError(f"{path.name} holds no weights, or several with names that mean the same")
+        raise ConversionError(f"{path.name} contains no weights, or several that map to the same name")
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not tensor.isfinite().all():
             raise ConversionError(
@@ -148,7 +148,7 @@ def read_tensors(path: Path, entry: str | None = None) -> dict[str, torch.Tensor
 def read_pickle(path: Path) -> Any:
     # torch does not look at checksums
     if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
-        raise ConversionError(f"{path.name} is damaged: the checksum of its record {damaged} does not match")
+        raise ConversionError(f"{path.name} is corrupt: the checksum of its record {damaged} does not match")
     try:
         # The reference's training script saves its options, a Namespace. Memory mapping would accept short records.
         with torch.serialization.safe_globals([Namespace]):
@@ -159,11 +159,11 @@ def read_pickle(path: Path) -> Any:
     except Exception as error:
         if harmful := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ConversionError(
-                f"{path.name} is refused: its pickle asks for {harmful[1]}, which weights do not need. Nothing of it"
-                " was executed; save only the state dict."
+                f"{path.name}: refusing to load a pickle that references {harmful[1]}; no code was executed. Save only"
+                " the state dict."
             ) from error
         reason = type(error).__name__ if "weights_only" in str(error) or isinstance(error, KeyError) else error
-        raise ConversionError(f"{path.name} is damaged or not a file of weights: {reason}") from error
+        raise ConversionError(f"{path.name} is corrupt or not a file of weights: {reason}") from error
 
 
 def choose_entry(checkpoint: Any, entry: str | None, name: str) -> Mapping[str, torch.Tensor]:

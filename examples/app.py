@@ -58,7 +58,8 @@ TITLE = "CrossViT attention maps"
 INTRODUCTION = """\
 CrossViT processes an image at two scales, with small patches (branch 0) and with large ones (branch 1). In each stage
 the class token of a branch attends to the patches of its own branch, then to those of the other (cross-attention).
-Upload an image to see the predictions and what the class tokens attend to, in bright colors. Uploads are not kept.
+Upload an image to see the predictions and what the class tokens attend to, in bright colors. Uploaded files are
+deleted after one to two minutes.
 """
 SPACE_CARD = """\
 ---

@@ -14,7 +14,7 @@
 """Measures a CrossViT's accuracy on labelled images from a folder, a saved dataset or the Hub, optionally streamed.
 
 python examples/evaluate_checkpoint.py --model timm/crossvit_15_240.in1k --data imagenet/val --dtype bfloat16
-torchrun --nproc_per_node 8 examples/evaluate_checkpoint.py ...      # on several devices, with the same result
+torchrun --nproc_per_node 8 examples/evaluate_checkpoint.py ...      # distributed, with the same result
 """
 
 import json

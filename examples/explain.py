@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Draws the predictions of a CrossViT for an image, and what its class tokens attend to in each stage.
+"""Plots the predictions of a CrossViT for an image, and what its class tokens attend to in each stage.
 
     python examples/explain.py photo.jpg                              # with published weights
     python examples/explain.py photo.jpg --model outputs/photos       # or another folder or model of the Hub

@@ -18,7 +18,7 @@
 The same command resumes an interrupted run. Options of Transformers' TrainingArguments work too:
 
     --bf16 --gradient_checkpointing --gradient_accumulation_steps 4 --torch_compile --push_to_hub
-    torchrun --nproc_per_node 8 examples/finetune.py ...      # on several devices
+    torchrun --nproc_per_node 8 examples/finetune.py ...      # distributed
 
 Columns of the data may hold a separate image for each branch, and masks of the objects to attend to:
 
@@ -102,9 +102,7 @@ class GuidanceArguments:
             "help": "Column of masks: images, white where the object is. Their overlap with attention is reported."
         },
     )
-    mask_weight: float = field(
-        default=0.0, metadata={"help": "Weight of a loss that draws the attention to the masks, such as 0.1."}
-    )
+    mask_weight: float = field(default=0.0, metadata={"help": "Weight of the guided-attention loss, such as 0.1."})
 
     def __post_init__(self):
         if not self.mask_weight >= 0:

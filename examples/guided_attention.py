@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Gives each branch its own image, guides attention with masks, and draws the difference.
+"""Gives each branch its own image, guides attention with masks, and plots the difference.
 
     python examples/guided_attention.py
 

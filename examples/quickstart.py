@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Trains a small CrossViT on handwritten digits, loads it in a new process, classifies and draws what it attends to.
+"""Trains a small CrossViT on handwritten digits, loads it in a new process, classifies and plots what it attends to.
 
     python examples/quickstart.py
 
@@ -20,6 +20,10 @@ only these digits. To classify your own digits after training, or with a model t
 
     python examples/quickstart.py --image digit.png
     python examples/quickstart.py --image digit.png --model outputs/quickstart
+
+Other examples use the digits as image files:
+
+    python examples/quickstart.py --write_digits outputs/data
 """
 
 import argparse
@@ -56,6 +60,17 @@ def load_digits() -> "datasets.DatasetDict":
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=LABELS)})
     dataset = datasets.Dataset.from_dict({"image": images, "label": digits.target.tolist()}, features)
     return dataset.train_test_split(test_size=0.2, stratify_by_column="label", seed=0)
+
+
+def write_digits(folder: Path) -> None:
+    """Writes the digits as images, in a folder per digit and in one for odd and one for even digits."""
+    for split, digits in load_digits().items():
+        for number, digit in enumerate(digits):
+            parity = "odd" if digit["label"] % 2 else "even"
+            for path in (Path("digits", split, LABELS[digit["label"]]), Path("parity", split, parity)):
+                (folder / path).mkdir(parents=True, exist_ok=True)
+                digit["image"].save(folder / path / f"{number}.png")
+    print(f"Wrote the digits to {folder / 'digits'} and {folder / 'parity'}")
 
 
 def train(output: Path, seed: int) -> None:
@@ -139,7 +154,7 @@ def classify(model_name: str, paths: list[str], output: Path) -> None:
     from transformers import pipeline
 
     from crossvit.interpretability import AttentionMaps, ImageCell, ScoreCell, draw_attention, draw_rows
-    from crossvit.interpretability.plotting import ORANGE
+    from crossvit.interpretability.plotting import ORANGE, shorten
 
     images, labels = [open_image(path) for path in paths], [None] * len(paths)
     model, processor = load_checkpoint(model_name)
@@ -161,7 +176,7 @@ def classify(model_name: str, paths: list[str], output: Path) -> None:
 
     mistakes = [number for number in range(len(images)) if not correct[number]]
     shown = [*mistakes[:2], *(number for number in range(len(images)) if correct[number])][:MAX_ROWS]
-    names = [Path(path).name[-20:] for path in paths] or [f"is {label}" for label in labels]
+    names = [shorten(Path(path).name, 20) for path in paths] or [f"is {label}" for label in labels]
     for number in mistakes:
         names[number] += f",\npredicted {predictions[number][0]['label']}"
     rows: list[list[Any]] = []
@@ -189,9 +204,12 @@ def main() -> None:
     parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="classify these instead of the digits")
     parser.add_argument("--model", help="folder or Hub id of a CrossViT to use instead of training one")
     parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"), help="default: %(default)s")
+    parser.add_argument("--write_digits", type=Path, metavar="FOLDER", help="write the digits as image files, and end")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
+    if args.write_digits is not None:
+        return write_digits(args.write_digits)
     args.output.mkdir(parents=True, exist_ok=True)
     if args.model is not None:
         return classify(args.model, args.image, args.output)

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Finds the images in a folder that a CrossViT considers most similar to others, and draws them side by side.
+"""Finds the images in a folder that a CrossViT considers most similar to others, and plots them side by side.
 
     python examples/retrieve.py --data photos --query dog.jpg cat.jpg
     python examples/retrieve.py --data photos --model outputs/photos   # images of the folder as queries
@@ -85,7 +85,7 @@ def main() -> None:
     from sklearn.neighbors import NearestNeighbors
 
     from crossvit.interpretability import ImageCell, draw_rows
-    from crossvit.interpretability.plotting import BLUE, ORANGE
+    from crossvit.interpretability.plotting import BLUE, ORANGE, shorten
 
     for path in args.query:
         open_image(path)  # an error ends the command before the work begins
@@ -115,7 +115,7 @@ def main() -> None:
     def picture(path: str, cosine: str = "", color: str | None = None) -> ImageCell:
         image = open_image(path)
         image.thumbnail(THUMBNAIL)
-        lines = (label(path)[:24], Path(path).name[-24:], cosine)
+        lines = (shorten(label(path)), shorten(Path(path).name), cosine)
         return ImageCell(image, "\n".join(line for line in lines if line), color=color)
 
     if args.query:

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Trains a small segmentation model (UperNet with a CrossViT backbone) on generated shapes and draws its masks.
+"""Trains a small segmentation model (UperNet with a CrossViT backbone) on generated shapes and plots its masks.
 
     python examples/segment.py
 

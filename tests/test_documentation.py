@@ -91,8 +91,11 @@ def names_from_the_text(tmp_path, monkeypatch) -> dict[str, object]:
     )
     model = CrossViTForImageClassification(config)
     processor = CrossViTImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
-    model.save_pretrained("outputs/quickstart")
-    processor.save_pretrained("outputs/quickstart")
+    for folder in ("outputs/quickstart", "my-crossvit", "outputs/pairs"):
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    for documented in (CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor):
+        monkeypatch.setattr(documented, "_auto_class", documented._auto_class)  # which a page registers
     rows = {"path": ["a", "b", "c"], "embedding": torch.randn(3, 56).tolist(), "error": [None, None, "cannot be read"]}
     datasets.Dataset.from_dict(rows).to_parquet("outputs/labels/part.parquet")
     photo, depth_image = (PIL.Image.fromarray(np.full((30, 30, 3), value, np.uint8)) for value in (50, 200))
@@ -202,7 +205,7 @@ def test_relative_links_lead_somewhere(page):
 
 def test_what_documented_commands_write_is_ignored(checkout):
     texts = [*PAGES.values(), *(script.read_text() for script in SCRIPTS)]
-    options = r"(?:--output_dir|--output|--space) ([a-z][\w./-]*)"
+    options = r"(?:--output_dir|--output|--space|--write_digits) (?!\w+://)([a-z][\w./-]*)"
     arguments = r"python conversion/convert_\w+\.py \S+ \"?([a-z][\w./-]*)"
     paths = {path for text in texts for pattern in (options, arguments) for path in re.findall(pattern, text)}
     assert {"outputs/photos", "my-space", "labels.csv", "checkpoints/crossvit_15", "my-timm-crossvit"} <= paths

@@ -110,3 +110,12 @@ def test_wrong_predictions_are_shown_first(example, small_config, drawn_rows, tm
         assert re.fullmatch(rf"is (?!{predicted})\d,\npredicted {predicted}", row[0].label) and row[0].color == ORANGE
     for row in right:
         assert row[0].label == f"is {row[1].scores[0]['label']}" and row[0].color is None
+
+
+def test_digits_are_written_as_images(example, tmp_path):
+    output, _ = example("quickstart", "--write_digits", tmp_path)
+    assert str(tmp_path / "digits") in output and str(tmp_path / "parity") in output
+    for kind, classes in (("digits", 10), ("parity", 2)):
+        for split, number in (("train", 1437), ("test", 360)):
+            assert len(list((tmp_path / kind / split).iterdir())) == classes
+            assert len(list((tmp_path / kind / split).glob("*/*.png"))) == number

@@ -22,7 +22,7 @@ def our_state_dict(timm_model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def perturb(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Moves every parameter: fresh norms are one and biases zero, which would hide that two of them were swapped."""
+    """Moves every parameter: fresh norms are one and biases zero, which would mask that two of them were swapped."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

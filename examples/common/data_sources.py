@@ -57,7 +57,7 @@ class ImageSource:
     image_columns: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Columns of images, one for all branches or one for each; default: the only one but for masks."
+            "help": "Columns of images, one for all branches or one for each; default: the only non-mask image column."
         },
     )
     label_column: str | None = field(
@@ -167,7 +167,7 @@ def load_shards(data: str, shards: dict[str, str], streaming: bool) -> dict[str,
             name: datasets.load_dataset(kind, data_files={name: files}, split=name, streaming=streaming)
             for name, files in (splits or {"train": unnamed}).items()
         }
-    except (OSError, ValueError) as error:  # no network, damaged files
+    except (OSError, ValueError) as error:  # no network, corrupt files
         raise CommandError(f"{data}: cannot be read as {kind} ({error})") from error
 
 

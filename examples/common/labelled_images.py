@@ -34,13 +34,13 @@ class DataArguments(ImageSource):
     """Images to train with, as options of a command."""
 
     shuffle_buffer_size: int = field(
-        default=10_000, metadata={"help": "Number of images of a stream that are shuffled at a time."}
+        default=10_000, metadata={"help": "Shuffle buffer size in encoded images per process, with --streaming."}
     )
     validation_fraction: float = field(
         default=0.1, metadata={"help": "Fraction of the training images to hold out if there is no validation split."}
     )
     check_images: bool = field(
-        default=True, metadata={"help": "Decode each image before the training to find the damaged ones."}
+        default=True, metadata={"help": "Decode all images before training to find corrupt ones."}
     )
 
 
@@ -72,8 +72,8 @@ class LabelledImages:
     @classmethod
     def load(cls, source: ImageSource, mask_column: str | None = None) -> "LabelledImages":
         """
-        Loads a dataset, with masks on request, and checks its labels. A test split whose labels are all -1, as
-        competitions publish it, is left out.
+        Loads a dataset, with masks if there is a column of them, and checks its labels. A test split whose labels are
+        all -1, as competitions publish it, is left out.
 
         Raises:
             `CommandError`: if images or labels are missing or do not match.

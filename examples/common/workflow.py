@@ -65,7 +65,7 @@ class GuidedCommandTrainer(GuidedAttentionTrainer, CommandTrainer):
 
 def prepare_images(data: DataArguments, args: TrainingArguments, mask_column: str | None = None) -> LabelledImages:
     """
-    Loads and checks the images to train with, and their masks on request, and prints a summary.
+    Loads and checks the images to train with, and their masks if there are any, and prints a summary.
 
     Raises:
         `CommandError`: if the images, their labels or these options are wrong.
@@ -188,7 +188,7 @@ def train(trainer: CommandTrainer, images: LabelledImages) -> None:
 
 
 def save_and_evaluate(trainer: CommandTrainer, images: LabelledImages, data: DataArguments) -> None:
-    """Saves the trained model, evaluates it on the other splits, and pushes it to the Hub on request."""
+    """Saves the trained model, evaluates it on the other splits, and pushes it to the Hub if asked to."""
     output = Path(trainer.args.output_dir)
     trainer.save_model(_internal_call=True)  # before anything else can fail, and without a push
     for name, split in images.splits.items():

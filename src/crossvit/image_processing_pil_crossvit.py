@@ -237,7 +237,7 @@ def check_bit_depth(image: Any) -> None:
     if is_wrong:
         raise ValueError(
             f"An image has {kind} instead of 8 bits per channel. Scale the values that matter to bytes first:"
-            " `np.uint8(255 * np.clip((np.asarray(image) - low) / (high - low), 0, 1))`."
+            " `np.uint8(255 * np.clip((np.float32(image) - low) / (high - low), 0, 1))`."
         )
 
 

@@ -1,4 +1,4 @@
-"""Compares our CrossViT with timm's, plain and in Transformers' TimmWrapper: same weights, same work, in turns.
+"""Compares our CrossViT with timm's, plain and in Transformers' TimmWrapper: same weights, same work, interleaved.
 
     python tests/benchmarks/benchmark.py --quick
     python tests/benchmarks/benchmark.py --variants crossvit_15 --tasks inference --batch_sizes 1 8 --modes eager
@@ -37,7 +37,7 @@ PREPROCESSING_MODES = {
 CLASSIFYING_MODES = [f"{command}{where}" for command in ("classify", "evaluate") for where in ("", ", 2 workers")]
 QUICK = {"variants": ["crossvit_tiny", "crossvit_9_dagger"], "batch_sizes": [8], "modes": ["eager"], "seconds": 2.0}
 
-# A cell, by its first columns of the table, is what all contenders do in turns
+# A cell, by its first columns of the table, is what all contenders do, interleaved
 CELL = ("variant", "task", "batch_size", "dtype", "mode", "attn_implementation")
 CONTENDERS = ("ours", "timm", "wrapper", "stream")
 RATIOS = (("ours", "timm"), ("ours", "wrapper"), ("stream", "ours"))
@@ -62,7 +62,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--modes", nargs="+", choices=MODES, default=MODES[:2], help="reduce-overhead compiles with CUDA graphs")
     add("--attn_implementation", nargs="+", default=["sdpa"], help="one or more, of our model")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where the models run")
-    add("--seconds", type=float, default=15.0, help="to time a cell, which takes at least three rounds")
+    add("--seconds", type=float, default=15.0, help="seconds per measurement, of at least three rounds")
     add("--quick", action="store_true", help=f"a few minutes, with other defaults: {QUICK}")
     add("--output", type=Path, default=Path("outputs/benchmark"), help="folder of benchmark.md and benchmark.json")
     if parser.parse_args(arguments).quick:

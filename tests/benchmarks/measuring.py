@@ -74,7 +74,7 @@ disable_progress_bar()
 
 @dataclass(frozen=True)
 class Cell:
-    """What all contenders do in turns."""
+    """What all contenders do, interleaved."""
 
     variant: dict[str, Any]  # An entry of variants.json
     task: str
@@ -119,7 +119,7 @@ def build_model(name: str, cell: Cell) -> Any:
     timm_model = timm.create_model(cell.timm_name).eval()
     with torch.no_grad():
         for parameter in timm_model.parameters():
-            # A fresh model would hide swapped norms, which are all one, and biases, which are all zero
+            # A fresh model would mask swapped norms, which are all one, and biases, which are all zero
             parameter.add_(0.05 * torch.randn_like(parameter))
     options: dict[str, Any] = {"num_labels": 1000}
     if name == "timm":

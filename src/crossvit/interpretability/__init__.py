@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a model attends to: attention maps, rollout, attribution, and pictures of them, which need Matplotlib."""
+"""Attention maps, rollout and attribution, and plots of them, which need Matplotlib."""
 
 from .attention_maps import AttentionMap, AttentionMaps, CropRegion
 from .attribution import LogitsModel, TokensToMaps

@@ -41,6 +41,11 @@ def display_size(image: PIL.Image.Image, side: int = 480) -> tuple[int, int]:
     return max(1, round(scale * image.height)), max(1, round(scale * image.width))
 
 
+def shorten(text: str, length: int = 24) -> str:
+    """The beginning and the end of a text that is longer, with an ellipsis between them."""
+    return text if len(text) <= length else f"{text[: length // 2]}…{text[-(length - length // 2 - 1) :]}"
+
+
 def heat_colors() -> "ListedColormap":
     """The colors of an [`overlay`], from transparent at 1x uniform attention to almost opaque at `MAX_HEAT`."""
     from matplotlib import colormaps
@@ -133,7 +138,7 @@ class ScoreCell:
         colors = [BLUE if self.correct else ORANGE] + [GRAY] * len(self.scores)
         axis.barh(places, [entry["score"] for entry in self.scores], height=0.3, color=colors[: len(self.scores)])
         for place, entry in enumerate(self.scores):
-            label = f"{entry['label'].split(',')[0][:24]}  {entry['score']:.1%}"
+            label = f"{shorten(entry['label'].split(',')[0])}  {entry['score']:.1%}"
             axis.text(0.01, place - 0.2, label, va="bottom", fontsize=10, parse_math=False)
         axis.set_title(self.title, fontsize=10)
         axis.set(xlim=(0, 1), ylim=(len(self.scores) - 0.6, -0.7))

@@ -36,20 +36,23 @@ class AugmentationArguments:
 
     crop_scale: list[float] = field(
         default_factory=lambda: [0.35, 1.0],
-        metadata={"help": "Least and largest share of an image in a random crop; 1 1 for whole images."},
+        metadata={"help": "Area range of the random resized crop, as fractions of the image; 1 1 for whole images."},
     )
-    horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of a mirror image."})
+    horizontal_flip: float = field(default=0.5, metadata={"help": "Horizontal flip probability."})
     color_jitter: float = field(
-        default=0.0, metadata={"help": "Largest change of brightness, contrast and saturation, as a share of them."}
+        default=0.0, metadata={"help": "Strength of the brightness, contrast and saturation jitter."}
     )
     auto_augment: str | None = field(
         default=None, metadata={"help": "Augmentation policy of timm, such as rand-m9-mstd0.5-inc1."}
     )
-    random_erasing: float = field(default=0.0, metadata={"help": "Probability that a rectangle becomes noise."})
-    mixup_alpha: float = field(default=0.0, metadata={"help": "Mixup, 0 for none; with cutmix, either by chance."})
-    cutmix_alpha: float = field(default=0.0, metadata={"help": "Cutmix, 0 for none."})
+    random_erasing: float = field(default=0.0, metadata={"help": "Random erasing probability."})
+    mixup_alpha: float = field(
+        default=0.0,
+        metadata={"help": "Mixup alpha, 0 disables it; with CutMix also on, one is chosen at random per batch."},
+    )
+    cutmix_alpha: float = field(default=0.0, metadata={"help": "CutMix alpha, 0 disables it."})
     augmentation_repeats: int = field(
-        default=1, metadata={"help": "How often each image that is drawn is repeated (repeated augmentation)."}
+        default=1, metadata={"help": "Number of copies of each sampled image (repeated augmentation)."}
     )
 
     def __post_init__(self):
