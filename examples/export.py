@@ -11,14 +11,15 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Exports a CrossViT for inference on CPUs without its Python code, and measures the exported programs.
+"""Exports a CrossViT for inference on CPUs without its Python code, and measures the exported models.
 
     python examples/export.py --data photos                                 # published weights
     python examples/export.py --data photos --model outputs/finetune --formats onnx openvino openvino-int8
 
 Images come from a folder or the Hub and are split as in finetune.py: training images calibrate int8,
-held-out images measure accuracy. In float32, the logits of the programs must match the model's. The README.md
-beside the programs says how to run each of them. Needs transformers 5.23 or later.
+held-out images measure accuracy. In float32, the logits of the exported models must match the model's. The README.md
+beside them says how to run each one; that of the format torch needs `import crossvit` where it is loaded. Needs
+transformers 5.23 or later.
 """
 
 from __future__ import annotations
@@ -175,11 +176,11 @@ GUIDE = """\
 {table}
 ```
 
-Every program takes images as the image processor makes them, and returns logits. In the folder of this file:
+Every exported model takes images as the image processor makes them, and returns logits. In the folder of this file:
 
 ```python
 from PIL import Image
-import crossvit
+import crossvit  # for the image processor, and for what the model of torch returns
 from transformers import AutoConfig, AutoImageProcessor
 
 processor = AutoImageProcessor.from_pretrained("{folder}")
