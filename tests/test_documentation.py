@@ -18,6 +18,7 @@ import PIL.Image
 import pytest
 import timm
 import torch
+from quickstart import write_digits
 from reference import VARIANTS
 from reference_files import timm_repository
 from torch.utils.flop_counter import FlopCounterMode
@@ -96,6 +97,7 @@ def names_from_the_text(tmp_path, monkeypatch) -> dict[str, object]:
         processor.save_pretrained(folder)
     for documented in (CrossViTConfig, CrossViTForImageClassification, CrossViTImageProcessor):
         monkeypatch.setattr(documented, "_auto_class", documented._auto_class)  # which a page registers
+    write_digits(Path("outputs/data"))
     rows = {"path": ["a", "b", "c"], "embedding": torch.randn(3, 56).tolist(), "error": [None, None, "cannot be read"]}
     datasets.Dataset.from_dict(rows).to_parquet("outputs/labels/part.parquet")
     photo, depth_image = (PIL.Image.fromarray(np.full((30, 30, 3), value, np.uint8)) for value in (50, 200))
