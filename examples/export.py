@@ -14,7 +14,7 @@
 """Exports a CrossViT for inference on CPUs without its Python code, and measures the exported models.
 
     python examples/export.py --data photos                                 # published weights
-    python examples/export.py --data photos --model outputs/finetune --formats onnx openvino openvino-int8
+    python examples/export.py --data photos --model outputs/photos --formats onnx openvino openvino-int8
 
 Images come from a folder or the Hub and are split as in finetune.py: training images calibrate int8,
 held-out images measure accuracy. In float32, the logits of the exported models must match the model's. The README.md

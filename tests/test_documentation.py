@@ -162,6 +162,17 @@ def test_commands_have_scripts_and_options_that_exist(options_of):
         assert not unknown, f"{page}: {script} has no options {unknown}"
 
 
+def test_what_documented_commands_read_is_written_by_others():
+    """Folders below outputs/ come from a command or the code of a page, so a reader can run all commands."""
+    text = "\n".join([*PAGES.values(), NOTEBOOK_TEXT, *(path.read_text() for path in SCRIPTS)]).replace("\\\n", " ")
+    path = r'\s*"?(outputs/[\w/.-]+)'
+    written = re.findall(rf"(?:--output_dir|--output|--write_digits|save_pretrained\(|Path\(){path}", text)
+    read = set(re.findall(rf"(?:--model|--data|--config|\.py){path}", text))
+    assert len(read) > 8
+    written.append("outputs/quickstart")  # by default
+    assert not {path for path in read if not path.startswith(tuple(written))}
+
+
 def test_table_of_variants():
     """Parameters, multiply-adds and image sizes are those of the models, accuracies those of variants.json."""
     columns = r"`(\w+)` \| ([\d.]+) M \| ([\d.]+) G \| (\d+), (\d+) \| ([\d.]+) \| ([\d.]+)"

@@ -103,7 +103,7 @@ def predict(
     )
     with tqdm(total=len(paths), unit="image") as progress:
         for batch, pixel_values, errors in loader:
-            if args.compile:  # a smaller batch would be compiled again
+            if args.compile and len(batch) < args.batch_size:  # another size would be compiled again
                 padding = pixel_values.new_zeros(args.batch_size - len(batch), *pixel_values.shape[1:])
                 pixel_values = torch.cat([pixel_values, padding])
             with torch.inference_mode():
