@@ -308,7 +308,7 @@ def write_space(model: Any, processor: Any, name: str, license: dict[str, Any], 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="folder or Hub id of a CrossViT; default: %(default)s")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="folder or Hub ID of a CrossViT; default: %(default)s")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860")
     parser.add_argument("--max_megabytes", type=float, default=10, help="of an upload; default: %(default)s")
     parser.add_argument("--keep_seconds", type=int, default=60, help="age of uploads to delete; default: %(default)s")

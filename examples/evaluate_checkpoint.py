@@ -46,7 +46,7 @@ VARIANTS = Path(__file__).parents[1] / "conversion" / "variants.json"
 class EvaluationArguments:
     """Which model to measure, and how."""
 
-    model: str | None = field(default=None, metadata={"help": "Folder or Hub id of a CrossViT, timm's too."})
+    model: str | None = field(default=None, metadata={"help": "Folder or Hub ID of a CrossViT, timm's too."})
     split: str | None = field(default=None, metadata={"help": "Default: validation, else test, else the only one."})
     batch_size: int = field(default=64, metadata={"help": "Images per forward pass on each device."})
     dtype: str = field(default="float32", metadata={"help": "Data type of the model.", "choices": DTYPES})

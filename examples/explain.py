@@ -33,7 +33,7 @@ from common.images import open_image
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", metavar="image", help="image file, or one for each branch of the model")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="folder or Hub id of a CrossViT; default: %(default)s")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="folder or Hub ID of a CrossViT; default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("outputs/explain.png"), help="default: %(default)s")
     args = parser.parse_args()
 

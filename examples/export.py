@@ -223,7 +223,7 @@ def main() -> None:
     add = parser.add_argument
     add("--data", required=True, help="folder of images, or dataset on the Hub, as for finetune.py")
     add("--image_columns", nargs="+", help="one for all branches or one for each; default: the only one")
-    add("--model", default=DEFAULT_MODEL, help="folder or Hub id; default: %(default)s")
+    add("--model", default=DEFAULT_MODEL, help="folder or Hub ID; default: %(default)s")
     add("--output_dir", type=Path, default=Path("outputs/export"), help="new or empty; default: %(default)s")
     add("--formats", nargs="+", choices=FORMATS, default=FORMATS, help="default: all")
     add("--validation_fraction", type=float, default=0.1, help="of data without such a split; default: %(default)s")

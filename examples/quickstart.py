@@ -202,7 +202,7 @@ def classify(model_name: str, paths: list[str], output: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="classify these instead of the digits")
-    parser.add_argument("--model", help="folder or Hub id of a CrossViT to use instead of training one")
+    parser.add_argument("--model", help="folder or Hub ID of a CrossViT to use instead of training one")
     parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"), help="default: %(default)s")
     parser.add_argument("--write_digits", type=Path, metavar="FOLDER", help="write the digits as image files, and end")
     parser.add_argument("--seed", type=int, default=0)

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-The loader of image folders, in a module of its own: in the module of a loader, `datasets` replaces `open`,
+The loader of image folders, in its own module: in the module of a loader, `datasets` replaces `open`,
 `os.path.join`, `glob.glob` and others by functions for URLs.
 """
 

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Streams: each process and each of its workers reads a part of its own, and every image comes once in an epoch."""
+"""Streams: each process and each of its workers reads its own part, and every image comes once in an epoch."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
