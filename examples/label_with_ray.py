@@ -126,7 +126,7 @@ def main() -> None:
             raise CommandError("--num_actors, --num_cpus: must leave one CPU for reading, or the run waits forever")
         size = 1 if tables else args.batch_size
         groups = [missing[start : start + size] for start in range(0, len(missing), size)]
-        dataset = ray.data.from_arrow([pa.table({"path": paths}) for paths in groups])
+        dataset: Any = ray.data.from_arrow([pa.table({"path": paths}) for paths in groups])
         if tables:
             options = {"column": args.column, "batch_size": args.batch_size, "labelled": ray.put(labelled)}
             dataset = dataset.map_batches(read_rows, fn_kwargs=options)

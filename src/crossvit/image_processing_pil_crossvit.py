@@ -36,7 +36,7 @@ from .remote_code import RemoteCodeMixin
 from .timm_checkpoints import is_timm_config, read_image_processor_config
 
 
-def get_output_size(height: int, width: int, size: SizeDict) -> tuple[int, int]:
+def get_output_size(height: int, width: int, size: Any) -> tuple[int, int]:
     """The (height, width) of an image of `height` x `width` pixels after resizing to `size`."""
     if size.shortest_edge and size.longest_edge:
         return get_size_with_aspect_ratio((height, width), size.shortest_edge, size.longest_edge)
@@ -74,6 +74,7 @@ class CrossViTBaseImageProcessor(RemoteCodeMixin, BaseImageProcessor):
     do_rescale = True
     do_normalize = True
     do_convert_rgb = True
+    resize: Any  # of the backend
 
     def get_resized_size(self, height: int, width: int) -> tuple[int, int]:
         """The (height, width) of an image of `height` x `width` pixels after resizing, before the crop."""
@@ -202,9 +203,8 @@ class CrossViTBaseImageProcessor(RemoteCodeMixin, BaseImageProcessor):
         flat_images = [image for entry in images for image in entry]
         return_tensors = kwargs.pop("return_tensors", None)
         array_type = "np" if isinstance(self, PilBackend) else "pt"
-        batch = super()._preprocess_image_like_inputs(
-            flat_images, *args, return_tensors=array_type, images_per_entry=len(images[0]), **kwargs
-        )
+        kwargs |= {"return_tensors": array_type, "images_per_entry": len(images[0])}
+        batch = super()._preprocess_image_like_inputs(flat_images, *args, **kwargs)
         pixel_values = batch["pixel_values"]
         if len(pixel_values) != len(flat_images):
             raise ValueError("The tuples of `images` must contain single images, got batches of images.")
@@ -271,7 +271,7 @@ def find_channels(
     for data_format, channels in ((ChannelDimension.FIRST, shape[0]), (ChannelDimension.LAST, shape[-1])):
         if channels in accepted and input_data_format in (None, data_format):
             return data_format
-    names = {(1, 3, 4): "1 (gray), 3 (RGB) or 4 (RGBA)"}
+    names: dict[Any, str] = {(1, 3, 4): "1 (gray), 3 (RGB) or 4 (RGBA)"}
     raise ValueError(
         f"An image must have {names.get(accepted, accepted[0])} channels, first or last, got an array of shape"
         f" {tuple(shape)}. Others need `do_convert_rgb=False` and a value for each channel in `image_mean` and"
@@ -315,7 +315,8 @@ class CrossViTImageProcessorPil(CrossViTBaseImageProcessor, PilBackend):
         shorter edge to `size.shortest_edge` pixels and the longer one in proportion, rounded down.
         """
         height, width = get_output_size(*get_size(image), size)
-        resize, options = super().resize, {"size": SizeDict(height=height, width=width), **kwargs}
+        resize: Any = super().resize
+        options = {"size": SizeDict(height=height, width=width), **kwargs}
         if isinstance(image, PIL.Image.Image):
             return resize(image, **options)
         # Each channel by itself: PIL has neither colors in floats nor other numbers of channels
