@@ -50,7 +50,7 @@ def test_wrong_logits_are_not_timed(monkeypatch):
         return model
 
     monkeypatch.setattr(measuring, "build_model", build_wrong_model)
-    monkeypatch.setattr(measuring, "time_in_turns", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(measuring, "time_in_turns", lambda *_, **__: pytest.fail("timed"))
     with pytest.raises(RuntimeError, match="ours differs from timm"):
         measuring.measure(cell, seconds=0)
 
@@ -58,7 +58,7 @@ def test_wrong_logits_are_not_timed(monkeypatch):
 def test_wrong_pixels_are_not_timed(monkeypatch):
     monkeypatch.setattr(measuring, "READ_IMAGES", 16)
     monkeypatch.setattr(measuring, "CrossViTImageProcessor", partial(CrossViTImageProcessor, image_std=[0.1] * 3))
-    monkeypatch.setattr(measuring, "time_in_turns", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(measuring, "time_in_turns", lambda *_, **__: pytest.fail("timed"))
     for cell in itertools.islice(plan("--tasks", "reading"), 3):  # The others differ in the process that reads
         with pytest.raises(RuntimeError, match="ours differs from timm"):
             measuring.measure(cell, seconds=0)
