@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -134,23 +135,23 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
     return [(match[1], OPTION.findall(match[2].partition(" #")[0])) for match in matches]
 
 
-@pytest.fixture(scope="module")
-def options_of() -> Callable[[str], set[str]]:
+@pytest.fixture
+def options_of(monkeypatch, capsys) -> Callable[[str], set[str]]:
     """The options in the help of a script."""
     known: dict[str, set[str]] = {}
 
     def read_help(script: str) -> set[str]:
         if script not in known:
-            command = [sys.executable, ROOT / script, "--help"]
-            known[script] = set(
-                OPTION.findall(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-            )
+            monkeypatch.setattr(sys, "argv", [script, "--help"])
+            capsys.readouterr()
+            with pytest.raises(SystemExit, match="0"):
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            known[script] = set(OPTION.findall(capsys.readouterr().out))
         return known[script]
 
     return read_help
 
 
-@pytest.mark.slow
 def test_commands_have_scripts_and_options_that_exist(options_of):
     texts = PAGES | {path.relative_to(ROOT).as_posix(): path.read_text() for path in SCRIPTS}
     texts["examples/crossvit.ipynb"] = NOTEBOOK_TEXT

@@ -100,7 +100,7 @@ def test_architectures_are_those_of_timm():
 
 
 def test_published_weights(tmp_path, image):
-    # The other variants differ only in numbers of layers and widths: tests/test_conversion.py has all of them
+    # The other variants differ only in numbers of layers and widths: test_parity_timm.py has all of them
     reference = timm_variant(VARIANTS["crossvit_9_dagger"])
     folder = save_timm_folder(reference, tmp_path / "timm")
     model = CrossViTForImageClassification.from_pretrained(folder)
