@@ -53,7 +53,10 @@ def get_suite(cache: Path) -> Path:
             (archive,) = Path(folder).glob("transformers-*.tar.gz")
             with tarfile.open(archive) as tar:
                 members = [member for member in tar if member.name.split("/")[1:2] == ["tests"]]
-                tar.extractall(folder, members=members, filter="data")
+                # Python 3.11 has the filter since 3.11.4
+                tar.extractall(
+                    folder, members=members, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {})
+                )
             for name, text in STAND_INS.items():
                 file = Path(folder, suite.name, name)
                 file.parent.mkdir(parents=True, exist_ok=True)
