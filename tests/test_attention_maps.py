@@ -290,7 +290,7 @@ def test_more_than_8_bits_are_refused(model, tmp_path):
     image = PIL.Image.fromarray(np.full((44, 60), 40_000, np.uint16))
     image.save(tmp_path / "image.png")
     for wrong in (image, str(tmp_path / "image.png"), (make_image(), image)):
-        with pytest.raises(ValueError, match="mode I;16 instead of 8 bits per channel"):
+        with pytest.raises(ValueError, match=r"mode I(;16)? instead of 8 bits per channel"):
             AttentionMaps(model, make_processor(), wrong)
 
 

@@ -290,7 +290,7 @@ def test_classes_that_only_the_validation_has_are_named(source):
         (encoded(PIL.Image.effect_noise((64, 64), 90))[:-2000], "truncated"),
         (
             encoded(PIL.Image.fromarray(np.full((8, 8), 32768, np.uint16))),
-            "mode I;16 instead of 8 bits per channel. Scale the values",
+            "instead of 8 bits per channel. Scale the values",
         ),
     ],
     ids=["text", "truncated", "16 bits"],

@@ -127,7 +127,7 @@ class CrossViTBaseImageProcessor(RemoteCodeMixin, BaseImageProcessor):
             `ValueError`: if an array has another number of channels.
         """
         if isinstance(image, PIL.Image.Image):
-            image = np.array(convert_mode(image, do_convert_rgb, self.image_mean))
+            image = np.atleast_3d(np.array(convert_mode(image, do_convert_rgb, self.image_mean)))
             input_data_format = ChannelDimension.LAST
         elif image.ndim == 3 and (do_convert_rgb or input_data_format is None):
             accepted = (1, 3, 4) if do_convert_rgb else (np.size(self.image_mean),)
