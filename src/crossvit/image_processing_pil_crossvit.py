@@ -271,9 +271,9 @@ def find_channels(
     for data_format, channels in ((ChannelDimension.FIRST, shape[0]), (ChannelDimension.LAST, shape[-1])):
         if channels in accepted and input_data_format in (None, data_format):
             return data_format
-    names: dict[Any, str] = {(1, 3, 4): "1 (gray), 3 (RGB) or 4 (RGBA)"}
+    numbers = "1 (gray), 3 (RGB) or 4 (RGBA)" if len(accepted) > 1 else accepted[0]
     raise ValueError(
-        f"An image must have {names.get(accepted, accepted[0])} channels, first or last, got an array of shape"
+        f"An image must have {numbers} channels, first or last, got an array of shape"
         f" {tuple(shape)}. Others need `do_convert_rgb=False` and a value for each channel in `image_mean` and"
         " `image_std`."
     )
