@@ -168,7 +168,7 @@ def test_the_recipe_learns_digits_from_scratch(example, tmp_path):
     example(
         "pretrain", "--config", tmp_path / "config", "--data", tmp_path / "digits", "--output_dir", tmp_path / "out",
         "--use_cpu", "--disable_tqdm", "true", "--report_to", "none", "--eval_strategy", "no", "--save_strategy", "no",
-        "--num_train_epochs", "20", "--total_batch_size", "32", "--per_device_train_batch_size", "32",
+        "--num_train_epochs", "30", "--total_batch_size", "32", "--per_device_train_batch_size", "32",
         "--learning_rate_batch_size", "32", "--learning_rate", "2e-3",
         "--crop_scale", "0.8", "1.0", "--horizontal_flip", "0", "--mixup_alpha", "0.1", "--cutmix_alpha", "0.1",
         "--auto_augment", "rand-m2-n1-mstd0.5-inc1", "--random_erasing", "0.1",
