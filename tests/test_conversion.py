@@ -1,4 +1,4 @@
-"""The commands of conversion/: equal logits, the way back bit by bit, and clear errors that leave nothing behind."""
+"""The commands of conversion/: equal logits, back again bit by bit, and clear errors that leave nothing behind."""
 
 import argparse
 import json
