@@ -32,7 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import torch
-from common.command_line import add_model_options, positive_int, run_command
+from common.command_line import add_model_options, load_checkpoint, positive_int, run_command
 from common.errors import CommandError
 from common.images import find_files, image_suffixes
 from common.inference import best_labels, load_model, prepare
@@ -117,7 +117,7 @@ def main() -> None:
     images, tables = (find_files(args.source, suffixes) for suffixes in (image_suffixes(), {".parquet"}))
     if bool(images) == bool(tables):
         raise CommandError(f"{args.source}: must have images or Parquet files, got {'both' if images else 'neither'}")
-    _, processor = load_model(args)  # an error ends the command before Ray starts
+    _, processor = load_checkpoint(args.model)  # an error ends the command before Ray starts
     labelled = find_labelled(args.output)
     if missing := [file for file in images or tables if file not in labelled]:
         # Other machines need the code that is not installed there
